@@ -1,0 +1,413 @@
+"""Checkpoints that are complete, verified and small in number.
+
+Orbax writes the arrays, asynchronously and from every host at once. What it does not do is notice a flipped bit, a
+lost file or a directory that only looks like a checkpoint. So a step counts only once its `manifest.json` stands: the
+size and SHA-256 of every file, written last, atomically, and with a digest of itself. Nothing is read without it.
+
+    <directory>/<step>/<item>/…         Orbax's files (OCDBT), one folder per item
+    <directory>/<step>/manifest.json    step, metric, meta, leaves of every item, files
+
+Only one process group at a time may write into a directory; any number may read from it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ssl_jax.errors import UserError
+
+PyTree = Any
+
+MANIFEST = "manifest.json"
+
+# Orbax creates this file first in every checkpoint: a folder with it, but without a manifest, is a save cut off.
+_ORBAX_MARK = "_CHECKPOINT_METADATA"
+
+# How TensorStore spells what the operating system refused.
+_STORAGE_FAILURE = re.compile(
+    r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|FAILED_PRECONDITION|NOT_FOUND|UNAVAILABLE|OS error|os_error"
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    With several processes, every one of them makes the same calls in the same order. The primary process decides which
+    steps are good, writes manifests and deletes; the others learn its verdict.
+
+    Nothing is created, written or deleted before the first `save`.
+    """
+
+    def __init__(self, directory: Path, *, save_total_limit: int = 2) -> None:
+        """Looks at nothing yet.
+
+        Args:
+          directory: where steps lie; need not exist yet. On several hosts: a file system that they share.
+          save_total_limit: newest verified steps that are kept, besides the best one; at least 1.
+        """
+        if save_total_limit < 1:
+            raise ValueError(f"save_total_limit is at least 1, got {save_total_limit}")
+        self._directory = Path(directory).absolute()
+        self._save_total_limit = save_total_limit
+        self._checkpointer: Any = None
+        self._background: concurrent.futures.ThreadPoolExecutor | None = None
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._known_good: set[int] = set()
+        self._warned: set[tuple[int, str]] = set()
+
+    def save(
+        self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any], *, metric: float | None = None
+    ) -> None:
+        """Starts to save `items` as `step`; returns once the arrays are copied to the host, so they may be donated.
+
+        A step that exists and verifies is left as it is; one that does not verify is replaced.
+
+        Args:
+          step: at least 0.
+          items: pytrees of arrays by name. Names can be restored one by one.
+          meta: JSON values, stored as they are now.
+          metric: lower is better; the lowest one marks the best step. None or not finite: no candidate.
+
+        Raises:
+          UserError: this save or the one before could not be written; earlier steps stand.
+        """
+        self.wait()
+        leaves = {name: _leaves_by_path(item) for name, item in items.items()}
+        body = {
+            "step": step,
+            "metric": metric if metric is not None and math.isfinite(metric) else None,
+            "meta": json.loads(json.dumps(dict(meta))),
+            "items": {name: {path: _describe(leaf) for path, leaf in item.items()} for name, item in leaves.items()},
+        }
+        if not _agree(lambda: _problem(self._path(step)) or ""):
+            return
+        try:
+            self._start_writing()
+            import orbax.checkpoint as ocp
+
+            arguments = {name: ocp.args.StandardSave(item) for name, item in leaves.items()}  # pyright: ignore
+            self._checkpointer.save(self._path(step), args=ocp.args.Composite(**arguments), force=True)
+        except Exception as error:
+            raise self._explain(step, error) from error
+        assert self._background is not None
+        self._pending = (step, self._background.submit(self._finish, step, body))
+
+    def wait(self) -> None:
+        """Returns when every save is on disk with its manifest.
+
+        Raises:
+          UserError: the last save could not be written; earlier steps stand.
+        """
+        if self._pending is None:
+            return
+        step, future = self._pending
+        self._pending = None
+        error = future.exception()
+        elsewhere = _agree(lambda: "", own=str(error) if error else "")
+        if error is not None:
+            raise self._explain(step, error) from error
+        if elsewhere:
+            raise UserError(f"checkpoint {step} could not be written by another process: {elsewhere}")
+
+    def steps(self) -> list[int]:
+        """Steps that have a manifest, in ascending order; whether they verify is for `newest` and `best` to say."""
+        self.wait()
+        return self._steps()
+
+    def newest(self) -> int | None:
+        """The newest step that verifies; warns of every newer one that does not."""
+        self.wait()
+        verdict = _agree(lambda: _text(self._first_good(sorted(self._step_folders(), reverse=True))))
+        return int(verdict) if verdict else None
+
+    def best(self) -> int | None:
+        """The step with the lowest metric among those that verify; of equals, the earliest."""
+        self.wait()
+        verdict = _agree(lambda: _text(self._first_good(self._by_metric())))
+        return int(verdict) if verdict else None
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `meta`.
+
+        Raises:
+          UserError: there is no such step, or its manifest is damaged.
+        """
+        self.wait()
+        return self._manifest(step)["meta"]
+
+    def restore(self, step: int, abstract_items: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Reads the named items, after verifying their files.
+
+        Args:
+          step: one that `newest`, `best` or `steps` returned.
+          abstract_items: pytrees of `jax.ShapeDtypeStruct`; each leaf goes where its sharding says, or to the first
+            local device if it has none. Items that are not named are not read.
+
+        Raises:
+          UserError: no such step, a file of it is damaged, or an item's leaves differ from `abstract_items`.
+        """
+        import jax
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        if problem := _agree(lambda: _problem(self._path(step), abstract_items) or ""):
+            raise UserError(f"checkpoint {self._path(step)} is damaged: {problem}")
+        stored = self._manifest(step)["items"]
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        arguments = {}
+        for name, abstract in abstract_items.items():
+            wanted = _leaves_by_path(abstract)
+            self._check_structure(step, name, stored, wanted)
+            placed = {
+                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
+                for path, leaf in wanted.items()
+            }
+            arguments[name] = ocp.args.StandardRestore(placed)  # pyright: ignore[reportCallIssue]
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(self._path(step), args=ocp.args.Composite(**arguments))
+        return {
+            name: jax.tree.unflatten(
+                jax.tree.structure(abstract), [restored[name][path] for path in _leaves_by_path(abstract)]
+            )
+            for name, abstract in abstract_items.items()
+        }
+
+    def close(self) -> None:
+        """Waits for the last save and frees the threads; raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            if self._checkpointer is not None:
+                self._checkpointer.close()
+                self._checkpointer = None
+            if self._background is not None:
+                self._background.shutdown()
+                self._background = None
+
+    def _start_writing(self) -> None:
+        if self._background is not None:
+            return
+        import orbax.checkpoint as ocp
+
+        self._directory.mkdir(parents=True, exist_ok=True)
+        # Orbax logs every exception of its threads with a traceback and then raises it; `wait` reports it once.
+        logging.getLogger("absl").addFilter(_is_not_raised_as_well)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def _finish(self, step: int, body: dict[str, Any]) -> None:
+        """In the background: waits for Orbax, then makes the step count and drops those no longer needed."""
+        import jax
+
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() == 0:
+            _write_manifest(self._path(step), body)
+            self._known_good.add(step)
+            self._delete_superfluous()
+
+    def _delete_superfluous(self) -> None:
+        """Keeps the newest verified steps and the best one; removes the other verified ones and saves cut off.
+
+        A damaged step with a manifest is left for a person to look at until the same step is saved again.
+        """
+        for step in self._steps():
+            if step not in self._known_good and _problem(self._path(step)) is None:
+                self._known_good.add(step)
+        good = sorted(self._known_good.intersection(self._steps()))
+        best = [step for step in self._by_metric() if step in good][:1]
+        for step in set(good[: -self._save_total_limit]).difference(best):
+            # Without its manifest a half-deleted step is recognized as such.
+            (self._path(step) / MANIFEST).unlink()
+            shutil.rmtree(self._path(step))
+            self._known_good.discard(step)
+        for folder in self._directory.iterdir():
+            is_ours = re.fullmatch(r"\d+(\.orbax-checkpoint-tmp.*)?", folder.name) and (folder / _ORBAX_MARK).exists()
+            if is_ours and not (folder / MANIFEST).exists():
+                shutil.rmtree(folder)
+
+    def _first_good(self, candidates: list[int]) -> int | None:
+        for step in candidates:
+            problem = _problem(self._path(step))
+            if problem is None:
+                return step
+            self._warn(step, problem)
+        return None
+
+    def _warn(self, step: int, problem: str) -> None:
+        """Says once what is wrong with a step, however often it is passed over."""
+        if (step, problem) not in self._warned:
+            self._warned.add((step, problem))
+            _log.warning("checkpoint %s is not used: %s", self._path(step), problem)
+
+    def _by_metric(self) -> list[int]:
+        metrics = {}
+        for step in self._steps():
+            try:
+                metrics[step] = _read_manifest(self._path(step))["metric"]
+            except ValueError as error:
+                self._warn(step, str(error))
+        return sorted((s for s, metric in metrics.items() if metric is not None), key=lambda s: (metrics[s], s))
+
+    def _steps(self) -> list[int]:
+        return sorted(step for step in self._step_folders() if (self._path(step) / MANIFEST).is_file())
+
+    def _step_folders(self) -> list[int]:
+        """Every folder named like a step, whatever is in it."""
+        if not self._directory.is_dir():
+            return []
+        return [int(path.name) for path in self._directory.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)]
+
+    def _path(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        try:
+            return _read_manifest(self._path(step))
+        except ValueError as error:
+            known = ", ".join(map(str, self._steps())) or "none"
+            raise UserError(f"checkpoint {self._path(step)}: {error} (steps there: {known})") from None
+
+    def _check_structure(self, step: int, name: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        where = f"checkpoint {self._path(step)}"
+        if name not in stored:
+            raise UserError(f"{where} has no item '{name}'; it has {', '.join(stored)}")
+        has = stored[name]
+        for path, leaf in wanted.items():
+            if path not in has:
+                raise UserError(f"{where}, item '{name}': leaf '{path}' is not in it; was the model changed?")
+            if has[path] != _describe(leaf):
+                raise UserError(f"{where}, item '{name}': leaf '{path}' is {has[path]}, expected {_describe(leaf)}")
+        if superfluous := sorted(set(has).difference(wanted)):
+            raise UserError(f"{where}, item '{name}': leaf '{superfluous[0]}' is in it, but not expected")
+
+    def _explain(self, step: int, error: BaseException) -> BaseException:
+        """What the operating system refused is for the user to fix; anything else is a bug and stays what it is."""
+        if isinstance(error, OSError) or _STORAGE_FAILURE.search(str(error)):
+            reason = " ".join(str(error).split())[:300]
+            return UserError(
+                f"checkpoint {step} could not be written to {self._directory}: {reason}\n"
+                "earlier checkpoints stand; make room or set permissions, then run the same command again"
+            )
+        return error
+
+
+def _leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """`{"params/wte": leaf, …}`; one flat form for dicts, tuples and dataclasses, so that Orbax sees only a dict."""
+    import jax
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    if len(leaves) != len(flat):
+        raise ValueError("two leaves of the tree have the same path")
+    return leaves
+
+
+def _describe(leaf: Any) -> str:
+    """`float32[50304,768]`."""
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _write_manifest(folder: Path, body: dict[str, Any]) -> None:
+    """Makes the step's files durable, then the manifest that declares them, in this order."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    temporary = folder / f"{MANIFEST}.tmp"
+    with temporary.open("wb") as stream:
+        stream.write(_encode({**body, "files": files}))
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(folder / MANIFEST)
+    for directory in (folder, folder.parent):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _encode(body: Mapping[str, Any]) -> bytes:
+    """The manifest's only spelling: with its own digest, so that a changed byte anywhere in it shows."""
+    text = json.dumps(body, indent=1, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True).encode()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError, with the reason, if the manifest is absent or not as it was written."""
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError:
+        raise ValueError(f"no {MANIFEST}: the save was cut off, or this is not a checkpoint") from None
+    try:
+        body = json.loads(content)
+        del body["sha256"]
+    except (ValueError, TypeError, KeyError):
+        body = {}
+    if _encode(body) != content:
+        raise ValueError(f"{MANIFEST} is damaged")
+    return body
+
+
+def _problem(folder: Path, items: Mapping[str, Any] | None = None) -> str | None:
+    """Why a step cannot be trusted, or None. With `items`, files of other items are not looked at."""
+    try:
+        manifest = _read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    if manifest["step"] != int(folder.name):
+        return f"{MANIFEST} is that of step {manifest['step']}"
+    others = set(manifest["items"]).difference(items if items is not None else manifest["items"])
+    for name, expected in manifest["files"].items():
+        if name.split("/")[0] in others:
+            continue
+        try:
+            with (folder / name).open("rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size != expected["bytes"]:
+                    return f"{name} has {size} bytes instead of {expected['bytes']}"
+                if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} differs from what was written (SHA-256)"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def _agree(decide: Callable[[], str], own: str = "") -> str:
+    """The same text on every process: the first non-empty one among `decide()` on the primary and each one's `own`."""
+    import jax
+
+    text = (decide() if jax.process_index() == 0 else "") or own
+    if jax.process_count() == 1:
+        return text
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    padded = np.zeros(1024, np.uint8)
+    encoded = np.frombuffer(text.encode()[:1024], np.uint8)
+    padded[: len(encoded)] = encoded
+    everyone = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(padded)]
+    return next((said for said in everyone if said), "")
+
+
+def _text(step: int | None) -> str:
+    return "" if step is None else str(step)
+
+
+def _is_not_raised_as_well(record: logging.LogRecord) -> bool:
+    return not record.exc_info or f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -1,0 +1,331 @@
+"""Command lines, configuration files and exit codes: from what the user typed to one validated object.
+
+A command is described by a pydantic class. Its values come from the class's defaults, then the YAML file named by
+`--config`, then dotted flags (`--train.steps 200`, `--data.labeled.0.path chats.jsonl`, kebab or snake case), and are
+validated once, together. Help and suggestions are read off the same class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import traceback
+import types
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import pydantic
+import yaml
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from ssl_jax.errors import Preempted, TrainingDiverged, UserError
+
+Schema = TypeVar("Schema", bound=pydantic.BaseModel)
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Calls `main(arguments)` and ends the process with the exit code of what happened.
+
+    0 done, 2 the user can fix it, 3 diverged, 75 preempted, 1 a bug. Only a bug shows a traceback.
+    """
+    code = 0
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except (UserError, TrainingDiverged, Preempted) as error:
+        print(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("stopped: interrupted", file=sys.stderr)
+        code = Preempted.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has left; the interpreter's last flush would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.exit(code)
+
+
+def parse(schema: type[Schema], arguments: Sequence[str], *, program: str, summary: str) -> Schema:
+    """Reads `--config FILE` and dotted flags into a validated `schema`.
+
+    A flag of a boolean field may stand alone (`--json`); a flag of a list takes any number of words.
+
+    Raises:
+      UserError: an unknown flag or key (with the nearest known one), a value of the wrong type or out of bounds, a
+        file that cannot be read.
+      SystemExit: after `--help`.
+    """
+    if "-h" in arguments or "--help" in arguments:
+        print(help_text(schema, program, summary))
+        raise SystemExit(0)
+    values: dict[str, Any] = {}
+    files, overrides = [], []
+    for name, words in _split_flags(arguments):
+        if name != "config":
+            overrides.append((name.replace("-", "_"), words))
+        elif len(words) == 1:
+            values = read_yaml(words[0])
+            files = words
+        else:
+            raise UserError("--config needs one file")
+    for name, words in overrides:
+        path = name.split(".")
+        annotation = _annotation_at(schema, path)
+        # What the schema does not know is for its validation to judge: a slip, or a name from elsewhere.
+        _assign(values, path, None if annotation is None else _read_words(name, words, annotation))
+    origin = " and ".join([*files, *(["flags"] if overrides else [])]) or "the command line"
+    return validate(schema, values, origin=origin, flags=[name for name, _ in overrides])
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Raises:
+      UserError: no such file, not YAML, a key given twice, not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file{_nearest_file(Path(path))}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path}: cannot be read: {error}") from None
+    values = _load_yaml(text, origin=str(path))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected 'field: value' lines, found {type(values).__name__}")
+    return values
+
+
+def validate(schema: type[Schema], values: dict[str, Any], *, origin: str, flags: Collection[str] = ()) -> Schema:
+    """Validates `values`; the first problem becomes a one-line UserError.
+
+    Args:
+      schema: what `values` must be.
+      values: as YAML gives them; numbers may be strings.
+      origin: where `values` come from.
+      flags: dotted paths of those values that come from flags instead.
+    """
+    try:
+        return schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        # A misspelled name is often also a missing value; the name is what to fix.
+        first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        location = ".".join(map(str, first["loc"]))
+        is_unknown = first["type"] == "extra_forbidden"
+        is_flag = any(flag == location or (is_unknown and flag.startswith(f"{location}.")) for flag in flags)
+        where = f"--{location}" if is_flag else f"{origin}: {location}" if location else origin
+        if is_unknown:
+            raise UserError(f"{where}: unknown field{_suggest(schema, location.split('.'))}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        value = "" if first["type"] in {"value_error", "missing"} else f", got {first['input']!r:.80}"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise UserError(f"{where}: {message}{value}{more}") from None
+
+
+def help_text(schema: type[pydantic.BaseModel], program: str, summary: str) -> str:
+    """Every field of `schema` with its type, default, bounds and meaning."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [summary, "", f"usage: {program} [--config FILE] [--FIELD VALUE ...]", ""]
+    lines += ["  --config FILE", "      YAML with the fields below; flags override it."]
+    section = ""
+    for path, field, default in _walk(schema):
+        if "." in path and path.split(".")[0] != section:
+            section = path.split(".")[0]
+            lines += ["", f"{section}: {schema.model_fields[section].description or ''}".rstrip(": ")]
+        limits = "".join(f", {bound}" for bound in _bounds(field))
+        lines.append(f"  --{path} {_type_name(field.annotation)}  ({_default_name(default)}{limits})")
+        lines += textwrap.wrap(
+            field.description or "", width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
+def _split_flags(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Cuts arguments into a flag's name, without dashes, and the words up to the next flag."""
+    position = 0
+    while position < len(arguments):
+        flag = arguments[position]
+        position += 1
+        if not flag.startswith("--") or len(flag) < 3:
+            raise UserError(f"unexpected argument {flag!r}; flags look like --name value (see --help)")
+        name, equals, inline = flag[2:].partition("=")
+        words = [inline] if equals else []
+        # A negative number is a value, anything else that starts with two dashes is the next flag.
+        while not equals and position < len(arguments) and not arguments[position].startswith("--"):
+            words.append(arguments[position])
+            position += 1
+        yield name, words
+
+
+def _annotation_at(schema: type[pydantic.BaseModel], path: list[str]) -> Any:
+    """The type of the field at a dotted path, None for an unknown one; a number stands for an element of a list."""
+    name = ".".join(path)
+    current: Any = schema
+    for depth, part in enumerate(path):
+        parent = ".".join(path[:depth])
+        group, element = _group(current), _element(current)
+        if group is not None:
+            fields = _fields(group)
+            if part not in fields:
+                return None
+            current = fields[part].annotation
+        elif element is None:
+            raise UserError(f"--{name}: {parent} has no fields of its own")
+        elif part.isdecimal():
+            current = element
+        else:
+            raise UserError(f"--{name}: {parent} is a list; its elements are --{parent}.0, --{parent}.1, ...")
+    if (group := _group(current)) is not None:
+        raise UserError(f"--{name} is a group; set one of its fields: {', '.join(_fields(group))}")
+    return current
+
+
+def _read_words(name: str, words: list[str], annotation: Any) -> Any:
+    """Turns the words after a flag into a value that pydantic can validate."""
+    element = _element(annotation)
+    if element is not None:
+        # Groups can only be written as YAML. A text in brackets is a text.
+        is_yaml = _group(element) is not None or (element is not str and words[:1] and words[0].startswith("["))
+        return _load_yaml(" ".join(words), origin=f"--{name}") if is_yaml and words else words
+    if not words and bool in _members(annotation):
+        return True
+    if len(words) != 1:
+        found = f"got {' '.join(words)!r}" if words else "got none"
+        raise UserError(f"--{name} takes one value, {found} (see --help)")
+    return None if type(None) in _members(annotation) and words[0].lower() in {"none", "null"} else words[0]
+
+
+def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
+    """Sets a value in nested dicts and lists, growing them; a list grows by one element at a time."""
+    container: Any = values
+    for depth, part in enumerate(path):
+        is_list = isinstance(container, list)
+        if is_list and int(part) > len(container):
+            raise UserError(f"--{'.'.join(path)}: the list has {len(container)} elements, counted from 0, so far")
+        if is_list and int(part) == len(container):
+            container.append(None)
+        key: Any = int(part) if is_list else part
+        if depth == len(path) - 1:
+            container[key] = value
+            return
+        wanted = list if path[depth + 1].isdecimal() else dict
+        nested = container[key] if is_list else container.get(key)
+        if not isinstance(nested, wanted):
+            nested = container[key] = wanted()
+        container = nested
+
+
+def _walk(
+    schema: type[pydantic.BaseModel], defaults: pydantic.BaseModel | None = None, prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Every field that is not a group: path, field, default. `N` in a path stands for a place in a list."""
+    for name, field in schema.model_fields.items():
+        default = getattr(defaults, name) if defaults is not None else field.get_default(call_default_factory=True)
+        path = prefix + (field.alias or name)
+        group, element = _group(field.annotation), _group(_element(field.annotation))
+        if group is not None:
+            yield from _walk(group, default if isinstance(default, group) else None, f"{path}.")
+        else:
+            yield path, field, default
+        if element is not None:
+            yield from _walk(element, None, f"{path}.N.")
+
+
+def _suggest(schema: type[pydantic.BaseModel], path: list[str]) -> str:
+    """The nearest field of the same group, else of any group, else what there is to choose from."""
+    group: Any = schema
+    for part in path[:-1]:
+        group = _element(group) if part.isdecimal() else _fields(group)[part].annotation
+        group = _group(group) or group
+    siblings = [".".join([*path[:-1], name]) for name in _fields(group)]
+    for known in (siblings, [name for name, _, _ in _walk(schema)]):
+        by_last_name = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+        if matches := difflib.get_close_matches(path[-1], by_last_name, n=1, cutoff=0.7):
+            return f"; did you mean {by_last_name[matches[0]]}?"
+    return f"; known here: {', '.join(_fields(group))}"
+
+
+def _fields(group: type[pydantic.BaseModel]) -> dict[str, FieldInfo]:
+    """A group's fields by the names that users write: the alias where a field has one."""
+    return {field.alias or name: field for name, field in group.model_fields.items()}
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _group(annotation: Any) -> type[pydantic.BaseModel] | None:
+    """The group of fields that a type is, or may be."""
+    models = (m for m in _members(annotation) if isinstance(m, type) and issubclass(m, pydantic.BaseModel))
+    return next(models, None)
+
+
+def _element(annotation: Any) -> Any | None:
+    """The type of a list's elements, or None for what is no list."""
+    lists = (member for member in _members(annotation) if get_origin(member) in (tuple, list))
+    return next((get_args(member)[0] for member in lists), None)
+
+
+def _type_name(annotation: Any) -> str:
+    """`INT`, `TEXT | none`, `{none,dots,full}`, `FLOAT ...`."""
+    names = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL", Path: "PATH", type(None): "none"}
+    if len(members := _members(annotation)) > 1:
+        return " | ".join(map(_type_name, members))
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(map(str, get_args(annotation))) + "}"
+    if (element := _element(annotation)) is not None:
+        return "YAML" if _group(element) else f"{_type_name(element)} ..."
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _default_name(default: Any) -> str:
+    if default is PydanticUndefined:
+        return "required"
+    if isinstance(default, tuple | list):
+        return f"default: {' '.join(map(repr, default)) or 'empty'}"
+    return f"default: {'none' if default is None else default}"
+
+
+def _bounds(field: FieldInfo) -> Iterator[str]:
+    for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+        for constraint in field.metadata:
+            if (bound := getattr(constraint, attribute, None)) is not None:
+                yield f"{sign} {bound}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without the rule that a key's second value silently replaces its first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that was there before."""
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str, *, origin: str) -> Any:
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (nor a folder {path.parent})"
+    names = sorted(p.name for p in path.parent.glob("*.y*ml"))
+    matches = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / matches[0]}?" if matches else ""

@@ -1,0 +1,135 @@
+"""Cutting dialogues into windows and packing the windows into rows of fixed length, from their lengths alone.
+
+A window of a dialogue is fed as `tokens[start : stop - 1]` and predicts `tokens[target_start : stop]`, so it takes
+`stop - 1 - start` places of a row.
+
+Axes: T places of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+Row = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Windows of many dialogues, as parallel int64 arrays.
+
+    Attributes:
+      record: which dialogue.
+      start: first token that is fed.
+      target_start: first token that is predicted; later than `start + 1` where the beginning is context only.
+      stop: end of the tokens that are predicted.
+    """
+
+    record: np.ndarray
+    start: np.ndarray
+    target_start: np.ndarray
+    stop: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Places that each window takes in a row."""
+        return self.stop - 1 - self.start
+
+    def __len__(self) -> int:
+        return len(self.record)
+
+
+def cut_windows(
+    lengths: np.ndarray, sequence_length: int, *, overlap: int = 0, first: np.ndarray | None = None
+) -> Windows:
+    """Cuts dialogues into windows of at most `sequence_length` places; every token but the first is predicted once.
+
+    Args:
+      lengths: tokens per dialogue.
+      sequence_length: places of a row.
+      overlap: tokens of context that a later window repeats without predicting them.
+      first: places of the first window of a dialogue that needs several (1 … sequence_length); shifting them between
+        epochs shows the model its tokens at other offsets.
+    """
+    if not 0 <= overlap < sequence_length:
+        raise ValueError(f"overlap {overlap} must be in [0, {sequence_length})")
+    lengths = np.asarray(lengths, np.int64)
+    targets = np.maximum(lengths - 1, 0)
+    first = np.full(len(lengths), sequence_length) if first is None else np.minimum(first, sequence_length)
+    first = np.where(targets <= sequence_length, targets, first)
+    stride = sequence_length - overlap
+    counts = np.where(targets > 0, 1 + -(-(targets - first) // stride), 0)
+    record = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(record)) - np.repeat(np.cumsum(counts) - counts, counts)
+    is_first = number == 0
+    target_start = np.where(is_first, 1, 1 + first[record] + (number - 1) * stride)
+    stop = np.where(is_first, 1 + first[record], np.minimum(target_start + stride, lengths[record]))
+    start = np.maximum(target_start - 1 - np.where(is_first, 0, overlap), 0)
+    return Windows(record, start, target_start, stop)
+
+
+def pack(sizes: np.ndarray, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing bin packing (Johnson 1974): indices of the windows of each row.
+
+    Among equal sizes the given order decides, so shuffling the input shuffles who shares a row.
+
+    Raises:
+      ValueError: a size exceeds the capacity.
+    """
+    if len(sizes) and sizes.max() > capacity:
+        raise ValueError(f"a window of {sizes.max()} places does not fit a row of {capacity}")
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by remaining places
+    occupied = 0  # bit r is set where open_rows[r] is not empty: the tightest fit is one bit scan
+    for index in np.argsort(-np.asarray(sizes), kind="stable").tolist():
+        size = int(sizes[index])
+        fitting = occupied >> size
+        if fitting:
+            remaining = size + (fitting & -fitting).bit_length() - 1
+            row = open_rows[remaining].pop()
+            if not open_rows[remaining]:
+                occupied &= ~(1 << remaining)
+        else:
+            remaining, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if remaining > size:
+            open_rows[remaining - size].append(row)
+            occupied |= 1 << (remaining - size)
+    return rows
+
+
+def assemble(pieces: Sequence[tuple[np.ndarray, np.ndarray]], sequence_length: int) -> Row:
+    """Lays token sequences side by side in one row.
+
+    Args:
+      pieces: `(tokens, weights)` pairs; `weights[i]` is the loss weight of predicting `tokens[i]`.
+      sequence_length: places of the row; the rest is padding (zeros).
+
+    Returns:
+      int32 `tokens`, `targets`, `positions`, `segment_ids` (from 1; 0 is padding) and float32 `loss_weights`, each
+      `[T]`.
+    """
+    row = {
+        name: np.zeros(sequence_length, np.float32 if name == "loss_weights" else np.int32)
+        for name in ("tokens", "targets", "positions", "segment_ids", "loss_weights")
+    }
+    begin = 0
+    for segment, (tokens, weights) in enumerate(pieces, start=1):
+        end = begin + len(tokens) - 1
+        row["tokens"][begin:end] = tokens[:-1]
+        row["targets"][begin:end] = tokens[1:]
+        row["loss_weights"][begin:end] = weights[1:]
+        row["positions"][begin:end] = np.arange(end - begin)
+        row["segment_ids"][begin:end] = segment
+        begin = end
+    return row
+
+
+def stack(rows: Sequence[Row], number: int, sequence_length: int) -> Row:
+    """Stacks rows to `[number, T]` arrays, with rows of padding at the end where there are too few."""
+    empty = assemble((), sequence_length)
+    padded = [*rows, *[empty] * (number - len(rows))]
+    return {name: np.stack([row[name] for row in padded]) for name in empty}

@@ -1,0 +1,166 @@
+"""Streams of packed rows, and the batch of every step as a function of the step's number.
+
+A row of a stream is addressed by number: the packing plan of an epoch follows from the stored lengths, the sequence
+length, the seed and the epoch. So a data position is a step number: resuming needs nothing saved, and order does not
+depend on hosts, threads or workers.
+
+Axes: B rows of this process, T places of a row.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import grain.python as grain
+import numpy as np
+
+from ssl_jax.data.packing import Row, Windows, assemble, cut_windows, pack, stack
+from ssl_jax.data.tokenizer import EncodedDialogue
+
+
+class PackedStream:
+    """An endless stream of packed rows over a set of dialogues, shuffled anew every epoch.
+
+    Args:
+      dialogues: random access to encoded dialogues.
+      lengths: tokens per dialogue.
+      sequence_length: places of a row.
+      seed: of the shuffle.
+      context_weight: loss weight of a dialogue's tokens that are not targets (`objectives.prompt_loss_weight`).
+    """
+
+    def __init__(
+        self,
+        dialogues: Sequence[EncodedDialogue],
+        lengths: np.ndarray,
+        *,
+        sequence_length: int,
+        seed: int,
+        context_weight: float = 0.0,
+    ):
+        if not len(dialogues):
+            raise ValueError("a stream needs at least one dialogue")
+        self._dialogues = dialogues
+        self._lengths = np.asarray(lengths)
+        self._sequence_length = sequence_length
+        self._seed = seed
+        self._context_weight = context_weight
+        self._first_rows = [0]  # row number at which each epoch starts
+        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
+
+    def rows_in_epoch(self, epoch: int) -> int:
+        """Packed rows that one pass over the dialogues takes."""
+        return self._first_rows[epoch + 1] - self._first_rows[epoch] if self._reach_epoch(epoch) else 0
+
+    def fill(self, epoch: int = 0) -> float:
+        """Fraction of the places of an epoch's rows that hold tokens."""
+        windows, rows = self._plan(epoch)
+        return float(windows.sizes.sum()) / (len(rows) * self._sequence_length)
+
+    def epoch_of(self, row: int) -> int:
+        """Which pass over the dialogues a row number belongs to."""
+        while self._first_rows[-1] <= row:
+            self._reach_epoch(len(self._first_rows) - 1)
+        return bisect.bisect_right(self._first_rows, row) - 1
+
+    def __getitem__(self, number: int) -> Row:
+        """The row with that number, `[T]` arrays as in `packing.assemble`."""
+        epoch = self.epoch_of(number)
+        windows, rows = self._plan(epoch)
+        return assemble(
+            [self._piece(windows, index) for index in rows[number - self._first_rows[epoch]]], self._sequence_length
+        )
+
+    def _piece(self, windows: Windows, index: int) -> tuple[np.ndarray, np.ndarray]:
+        dialogue = self._dialogues[int(windows.record[index])]
+        start, target_start, stop = windows.start[index], windows.target_start[index], windows.stop[index]
+        weights = np.where(dialogue.loss_mask[start:stop] > 0, 1.0, self._context_weight)
+        weights[: target_start - start] = 0.0
+        return dialogue.tokens[start:stop], weights
+
+    def _reach_epoch(self, epoch: int) -> bool:
+        while len(self._first_rows) <= epoch + 1:
+            rows = len(self._plan(len(self._first_rows) - 1)[1])
+            self._first_rows.append(self._first_rows[-1] + rows)
+        return True
+
+    def _make_plan(self, epoch: int) -> tuple[Windows, list[list[int]]]:
+        rng = np.random.default_rng((self._seed, epoch))
+        first = rng.integers(1, self._sequence_length + 1, len(self._lengths))
+        windows = cut_windows(self._lengths, self._sequence_length, first=first)
+        order = rng.permutation(len(windows))
+        rows = pack(windows.sizes[order], self._sequence_length)
+        rng.shuffle(rows)
+        return windows, [[int(order[index]) for index in row] for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Steps that draw the same number of rows from every stream.
+
+    Attributes:
+      start: first step.
+      stop: end of the steps.
+      rows: `(stream, rows of the global batch)` in batch order.
+      first_row: row number of each stream at `start`.
+    """
+
+    start: int
+    stop: int
+    rows: tuple[tuple[str, int], ...]
+    first_row: Mapping[str, int]
+
+
+class Batches:
+    """The batches of one phase as a Grain source: element `i` is the batch of step `phase.start + i`.
+
+    Args:
+      phase: which rows.
+      streams: the streams by name.
+      stream_ids: number of each stream, for the batch's `stream` array.
+      sequence_length: places of a row.
+      process_index: which slice of the global batch this process reads.
+      process_count: into how many slices it is cut.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        streams: Mapping[str, PackedStream],
+        stream_ids: Mapping[str, int],
+        *,
+        sequence_length: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self._phase = phase
+        self._streams = streams
+        self._stream_ids = stream_ids
+        self._sequence_length = sequence_length
+        total = sum(count for _, count in phase.rows)
+        if total % process_count:
+            raise ValueError(f"{total} rows do not divide over {process_count} processes")
+        share = total // process_count
+        self._slice = slice(process_index * share, (process_index + 1) * share)
+
+    def __len__(self) -> int:
+        return self._phase.stop - self._phase.start
+
+    def __getitem__(self, index: int) -> Row:
+        """This process's rows of a step, `[B, T]` arrays, and int32 `stream` `[B]`."""
+        places = [
+            (name, self._phase.first_row[name] + index * count + position)
+            for name, count in self._phase.rows
+            for position in range(count)
+        ][self._slice]
+        batch = stack([self._streams[name][row] for name, row in places], len(places), self._sequence_length)
+        batch["stream"] = np.array([self._stream_ids[name] for name, _ in places], np.int32)
+        return batch
+
+    def read(self, *, prefetch: int = 4) -> Iterator[Row]:
+        """The batches in order, read ahead by a thread."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+        return iter(grain.MapDataset.source(self).to_iter_dataset(options))

@@ -1,0 +1,514 @@
+"""The order of events in a run: steps, metrics, evaluations, checkpoints, pseudo-labeling rounds, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ssl_jax import evaluation, model, objectives, plan, pseudo_labels, sharding, step, workdir
+from ssl_jax.checkpoint import Checkpoints
+from ssl_jax.config import Config
+from ssl_jax.data.store import Prepared
+from ssl_jax.data.streams import Batches, PackedStream, Phase
+from ssl_jax.dialogue_model import DialogueModel, as_prompt
+from ssl_jax.errors import Preempted, TrainingDiverged, UserError
+from ssl_jax.logbook import Logbook
+from ssl_jax.optimizer import learning_rate_schedule, make_optimizer
+
+DEV, TEST = "labeled_dev", "labeled_test"
+
+
+class Signals:
+    """Remembers a SIGTERM or SIGINT until the loop asks; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[Signals]:
+        """Replaces the handlers of both signals while the context is open."""
+        previous = {}
+
+        def remember(number: int, _: Any) -> None:
+            self.received = signal.Signals(number).name
+            signal.signal(number, previous[number])
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, remember)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run knows besides its state: counted on the host, saved with every checkpoint.
+
+    Attributes:
+      tokens: tokens fed so far, by stream.
+      seconds: wall time of the run so far.
+      best: lowest dev reply_bits_per_byte and its step.
+    """
+
+    tokens: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(objectives.STREAM_IDS, 0))
+    seconds: float = 0.0
+    best: tuple[float, int] | None = None
+
+    def to_meta(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
+        """Back from JSON values."""
+        best = meta["best"]
+        return cls(dict(meta["tokens"]), meta["seconds"], (best[0], best[1]) if best else None)
+
+
+class Run:
+    """One training run in a work directory; `train` takes it from wherever it stands to its end."""
+
+    def __init__(self, config: Config, prepared: Prepared, directory: Path, signals: Signals):
+        """Makes the plan and the compiled functions; touches neither data nor files.
+
+        Raises:
+          UserError: mesh, batch, data and configuration do not fit together.
+        """
+        self.config, self.prepared, self.directory, self.signals = config, prepared, directory, signals
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.shape = model.GPT2.from_config(config.model, prepared.tokenizer.vocab_size)
+        records = {split: len(prepared.lengths(split)) for split in prepared.splits}
+        self.streams = {"labeled": self._stream("labeled_train", config.objectives.prompt_loss_weight)}
+        if "raw_train" in records:
+            self.streams["raw"] = self._stream("raw_train")
+        self.plan = plan.make_plan(
+            config, records, self.streams["labeled"].rows_in_epoch(0), sharding.row_shards(self.mesh)
+        )
+        self.optimizer = make_optimizer(config.optimizer, self.plan.total_steps)
+        self.settings = step.StepSettings(
+            objective_weights=functools.partial(
+                objectives.weights,
+                config.objectives,
+                first_round=self.plan.round_steps[0] if self.plan.round_steps else self.plan.total_steps,
+                total_steps=self.plan.total_steps,
+            ),
+            schedule=learning_rate_schedule(config.optimizer, self.plan.total_steps),
+            accumulation=config.train.gradient_accumulation_steps,
+            token_replacement=config.train.token_replacement,
+            ema_decay=config.optimizer.ema_decay,
+        )
+        init_state = functools.partial(step.init_state, self.shape, self.optimizer, config.optimizer.ema_decay)
+        self._key = jax.random.key(config.seed)
+        self._abstract_state = self._abstract(init_state)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_state)
+        self.init_state = jax.jit(init_state, out_shardings=shardings)
+        self.train_step = jax.jit(
+            functools.partial(step.train_step, self.shape, self.optimizer, self.settings),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(self.mesh)),
+        )
+        self.checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, save_total_limit=config.train.save_total_limit)
+        self.eval_rows = config.train.per_device_eval_batch_size * sharding.row_shards(self.mesh)
+
+    def train(self) -> dict[str, Any]:
+        """Trains to the end, evaluates, and writes `summary.json`.
+
+        Returns:
+          The summary.
+
+        Raises:
+          Preempted: a signal arrived; a checkpoint was saved.
+          TrainingDiverged: too many steps in a row without a finite loss.
+          UserError: the disk is full, a checkpoint does not fit the configuration, ….
+        """
+        newest = self.checkpoints.newest()
+        state, progress = self._restore(newest) if newest else (self.init_state(self._key), Progress())
+        with Logbook(
+            self.directory,
+            resume_step=newest or 0,
+            resume_time=progress.seconds,
+            total_steps=self.plan.total_steps,
+            primary=jax.process_index() == 0,
+        ) as logbook:
+            if newest:
+                logbook.say(f"going on from checkpoint {newest}")
+            self._describe(logbook)
+            for phase in self._phases(newest or 0):
+                state = self._phase(phase, state, progress, logbook)
+            self._save(state, progress, logbook)
+            self.checkpoints.wait()
+            return self._finish(progress, logbook)
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def _phases(self, first: int) -> Iterator[Phase]:
+        """The phases from `first` on, each planned when the rounds before it have been held."""
+        start = first
+        while start < self.plan.total_steps:
+            phase = next(phase for phase in self.plan.phases(self._accepted()) if phase.start <= start < phase.stop)
+            yield dataclasses.replace(
+                phase,
+                start=start,
+                first_row={
+                    **phase.first_row,
+                    **{name: phase.first_row[name] + count * (start - phase.start) for name, count in phase.rows},
+                },
+            )
+            start = phase.stop
+
+    def _phase(self, phase: Phase, state: step.TrainState, progress: Progress, logbook: Logbook) -> step.TrainState:
+        """Takes the steps of one phase; a round is held before the step that it belongs to."""
+        if phase.start in self.plan.round_steps:
+            self._hold_round(self.plan.round_steps.index(phase.start), phase.start, state, progress, logbook)
+            phase = next(self._phases(phase.start))
+        streams = self.streams
+        if "pseudo" in dict(phase.rows):
+            streams = {**streams, "pseudo": self._pseudo_stream(phase.start)}
+        batches = Batches(
+            phase,
+            streams,
+            objectives.STREAM_IDS,
+            sequence_length=self.config.train.sequence_length,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        logbook.phase("train", ", ".join(f"{count} {name}" for name, count in phase.rows) + " rows a step")
+        train, window = self.config.train, _Window()
+        late: tuple[int, step.Metrics, dict[str, int]] | None = None
+        for number, batch in enumerate(batches.read(), start=phase.start):
+            fed = _tokens_by_stream(batch)
+            with jax.transfer_guard("disallow"):
+                state, metrics = self.train_step(state, sharding.put_batch(batch, self.mesh), self._key)
+            # The device is busy with this step while the host reads the metrics of the last one.
+            if late is not None:
+                self._record(late, window, progress, logbook)
+            late = (number + 1, metrics, fed)
+            done = number + 1
+            evaluates, saves = done % train.eval_steps == 0, done % train.save_steps == 0
+            if evaluates or saves or self.signals.received or done == phase.stop:
+                self._record(late, window, progress, logbook)
+                late = None
+                metric = self._evaluate(done, state, progress, logbook) if evaluates else None
+                if evaluates or saves or self.signals.received:
+                    self._save(state, progress, logbook, metric)
+                self._stop_if_asked(done)
+                window.restart()
+        return state
+
+    def _record(
+        self, late: tuple[int, step.Metrics, dict[str, int]], window: _Window, progress: Progress, logbook: Logbook
+    ) -> None:
+        number, device_metrics, fed = late
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        for name, count in fed.items():
+            progress.tokens[name] += count
+        if metrics["skipped"]:
+            logbook.say(f"step {number}: loss or gradient is not finite; the update is skipped")
+            if metrics["skipped"] >= self.config.train.max_nonfinite_steps:
+                raise TrainingDiverged(
+                    f"loss or gradient was not finite {int(metrics['skipped'])} times in a row, up to step {number}; "
+                    f"the last good checkpoint is {self.checkpoints.newest()}; lower optimizer.learning_rate"
+                )
+        window.add(metrics, sum(fed.values()))
+        if number % self.config.train.logging_steps == 0 or number == self.plan.total_steps:
+            values: dict[str, float] = window.means()
+            rate = window.tokens_per_second()
+            values |= {"tokens": sum(progress.tokens.values()), "tokens_per_sec": rate}
+            values |= {f"tokens/{name}": count for name, count in progress.tokens.items()}
+            peak = plan.device_peak_flops(jax.devices()[0].device_kind)
+            if peak is not None:
+                flops = plan.flops_per_token(self.shape, self.config.train.sequence_length)
+                values["mfu"] = rate * flops / (peak * jax.device_count())
+            logbook.metrics(number, values)
+            window.clear()
+
+    # Events between steps --------------------------------------------------------------------------------------------
+
+    def _evaluate(self, number: int, state: step.TrainState, progress: Progress, logbook: Logbook) -> float | None:
+        """Dev likelihood and samples; returns the metric that decides which checkpoint is the best."""
+        speaker = self._speaker(state)
+        settings = self.config.evaluation
+        metric = None
+        if DEV in self.prepared.splits:
+            logbook.phase("evaluate")
+            values = evaluation.quick(speaker, self.prepared, DEV, settings.dev_dialogues, rows=self.eval_rows)
+            metric = values["reply_bits_per_byte"]
+            if progress.best is None or metric < progress.best[0]:
+                progress.best = (metric, number)
+            logbook.metrics(number, {f"eval/{name}": value for name, value in values.items()})
+        prompts = [as_prompt(prompt) for prompt in settings.sample_prompts]
+        if prompts:
+            replies = speaker.draw(prompts, settings.sampling, seed=self.config.seed)
+            rows = [
+                {"prompt": prompt, "reply": drawn[0].text}
+                for prompt, drawn in zip(settings.sample_prompts, replies, strict=True)
+            ]
+            logbook.samples(number, rows)
+        return metric
+
+    def _save(self, state: step.TrainState, progress: Progress, logbook: Logbook, metric: float | None = None) -> None:
+        progress.seconds = logbook.elapsed()
+        items = {
+            "params": state.params,
+            "optimizer": {"step": state.step, "skipped": state.skipped, "state": state.optimizer_state},
+        }
+        if state.ema is not None:
+            items["ema"] = state.ema
+        meta = {**progress.to_meta(), "scan_layers": self.shape.scan_layers, "seed": self.config.seed}
+        self.checkpoints.save(int(state.step), items, meta, metric=metric)
+
+    def _hold_round(self, number: int, at: int, state: step.TrainState, progress: Progress, logbook: Logbook) -> None:
+        """Holds a pseudo-labeling round, unless it is there already."""
+        directory = self.directory / workdir.PSEUDO_LABELS
+        if pseudo_labels.read_summary(directory, number) is not None:
+            return
+        self._save(state, progress, logbook)
+        settings = self.config.pseudo_labels
+        population = len(self.prepared.lengths("prompt_train"))
+        chosen = pseudo_labels.choose_prompts(population, settings, number, self.config.seed)
+        teacher = self._speaker(state) if settings.teacher == "ema" else self._dialogue_model(state.params)
+        logbook.phase("pseudo-label", f"round {number}, {len(chosen)} prompts")
+        started = time.monotonic()
+        summary = pseudo_labels.make_round(
+            directory,
+            number,
+            teacher,
+            [self.prepared.dialogue("prompt_train", index) for index in chosen],
+            settings,
+            seed=self.config.seed,
+            step=at,
+            batch_size=settings.batch_size * sharding.row_shards(self.mesh),
+            between=lambda _: self._stop_if_asked(at),
+        )
+        seconds = time.monotonic() - started
+        logbook.metrics(
+            at,
+            {
+                "pseudo/round": number,
+                "pseudo/generated": summary["generated"],
+                "pseudo/accepted": summary["accepted"],
+                "pseudo/accept_rate": summary["accept_rate"],
+                "pseudo/tokens_per_sec": summary["generated_tokens"] / seconds,
+                "pseudo/seconds": seconds,
+            },
+        )
+        if not summary["accepted"]:
+            logbook.say(f"round {number}: every reply was rejected ({summary['removed']}); its rows go to other data")
+
+    def _finish(self, progress: Progress, logbook: Logbook) -> dict[str, Any]:
+        """The final evaluation, with the best checkpoint or the last one."""
+        best = self.checkpoints.best() if self.config.train.load_best_model_at_end else None
+        chosen = best or self.checkpoints.newest()
+        assert chosen is not None
+        speaker = load_dialogue_model(self.directory, step_number=chosen, mesh=self.mesh)
+        split = TEST if TEST in self.prepared.splits else DEV
+        logbook.phase("evaluate", f"{split}, checkpoint {chosen}")
+
+        def say(text: str) -> None:
+            self._stop_if_asked(self.plan.total_steps)
+            logbook.phase("evaluate", text)
+
+        result = {}
+        if split in self.prepared.splits:
+            result = evaluation.full(
+                speaker, self.prepared, split, self.config.evaluation, rows=self.eval_rows, say=say
+            )
+            result = {"split": split, "checkpoint": chosen, **result}
+            name = split.removeprefix("labeled_")
+            workdir.write_json(self.directory / f"eval_{name}.json", result)
+            logbook.metrics(
+                self.plan.total_steps, {f"eval/{name}_{key}": value for key, value in result["metrics"].items()}
+            )
+        summary = {
+            "exit": 0,
+            "steps": self.plan.total_steps,
+            "checkpoint": chosen,
+            "best_dev_reply_bits_per_byte": progress.best[0] if progress.best else None,
+            "tokens": sum(progress.tokens.values()),
+            "tokens_by_stream": progress.tokens,
+            "seconds": round(logbook.elapsed(), 1),
+            "parameters": plan.parameter_count(self.shape),
+            "train_step_compilations": self._compilations(),
+            "pseudo_labels_accepted": self._accepted(),
+            "split": split,
+            "evaluation": result.get("metrics", {}),
+            "human": result.get("human", {}),
+        }
+        workdir.write_json(self.directory / "summary.json", summary)
+        return summary
+
+    def _stop_if_asked(self, number: int) -> None:
+        if self.signals.received:
+            self.checkpoints.wait()
+            raise Preempted(
+                f"{self.signals.received} at step {number}; a checkpoint is saved, run the same command to go on"
+            )
+
+    # Parts -----------------------------------------------------------------------------------------------------------
+
+    def _stream(self, split: str, context_weight: float = 0.0) -> PackedStream:
+        return PackedStream(
+            self.prepared.encoded(split),
+            self.prepared.lengths(split),
+            sequence_length=self.config.train.sequence_length,
+            seed=self.config.seed,
+            context_weight=context_weight,
+        )
+
+    def _pseudo_stream(self, at: int) -> PackedStream:
+        """All pseudo-labels of the rounds held up to step `at`: rounds accumulate (arXiv 2404.01413)."""
+        directory = self.directory / workdir.PSEUDO_LABELS
+        held = sum(round_step <= at for round_step in self.plan.round_steps)
+        dialogues = [d for number in range(held) for d in pseudo_labels.read_round(directory, number)]
+        encoded = [self.prepared.tokenizer.encode(dialogue) for dialogue in dialogues]
+        return PackedStream(
+            encoded,
+            np.array([len(dialogue.tokens) for dialogue in encoded]),
+            sequence_length=self.config.train.sequence_length,
+            seed=self.config.seed + held,
+        )
+
+    def _accepted(self) -> list[int]:
+        """Pseudo-labels that each finished round accepted."""
+        directory = self.directory / workdir.PSEUDO_LABELS
+        summaries = [pseudo_labels.read_summary(directory, n) for n in range(len(self.plan.round_steps))]
+        return [summary["accepted"] for summary in summaries if summary is not None]
+
+    def _speaker(self, state: step.TrainState) -> DialogueModel:
+        """The model that is evaluated and that teaches: the averaged weights where there are any."""
+        return self._dialogue_model(state.ema if state.ema is not None else state.params)
+
+    def _dialogue_model(self, params: model.Params) -> DialogueModel:
+        return DialogueModel(self.shape, params, self.prepared.tokenizer, self.mesh)
+
+    def _abstract(self, init_state: Any) -> step.TrainState:
+        """The state's shapes and shardings."""
+        abstract = jax.eval_shape(init_state, self._key)
+        params = sharding.shard_params(abstract.params, self.mesh)
+        shardings = sharding.shard_like_params(abstract, params, self.mesh)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
+        )
+
+    def _restore(self, number: int) -> tuple[step.TrainState, Progress]:
+        abstract = self._abstract_state
+        items = {
+            "params": abstract.params,
+            "optimizer": {"step": abstract.step, "skipped": abstract.skipped, "state": abstract.optimizer_state},
+        }
+        if abstract.ema is not None:
+            items["ema"] = abstract.ema
+        restored = self.checkpoints.restore(number, items)
+        counters = restored["optimizer"]
+        state = step.TrainState(
+            step=counters["step"],
+            params=restored["params"],
+            ema=restored.get("ema"),
+            optimizer_state=counters["state"],
+            skipped=counters["skipped"],
+        )
+        return state, Progress.from_meta(self.checkpoints.meta(number))
+
+    def _compilations(self) -> int:
+        """How many programs the train step was compiled to: one, whatever the phases."""
+        cache: Any = self.train_step
+        return cache._cache_size()
+
+    def _describe(self, logbook: Logbook) -> None:
+        shape, mesh = self.shape, dict(self.mesh.shape)
+        batch = f"{self.plan.rows} rows × {self.config.train.sequence_length} tokens"
+        logbook.table(
+            "plan",
+            [
+                ("model", f"{plan.parameter_count(shape) / 1e6:.1f}M parameters, {shape.n_layer} × {shape.n_embd}"),
+                ("devices", f"{jax.device_count()} {jax.devices()[0].device_kind}, mesh {mesh}"),
+                ("batch", f"{batch}, {self.plan.labeled_rows} labeled and {self.plan.unlabeled_rows} unlabeled"),
+                ("steps", f"{self.plan.total_steps}, labeled only from {self.plan.labeled_only_from}"),
+                ("rounds", ", ".join(f"step {at}" for at in self.plan.round_steps) or "none"),
+                ("packing", ", ".join(f"{name} {s.fill():.1%} full" for name, s in self.streams.items())),
+            ],
+        )
+
+
+class _Window:
+    """Means over the steps since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.clear()
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the time that passed between steps (an evaluation, a save)."""
+        self._since = time.monotonic()
+
+    def add(self, metrics: Mapping[str, float], tokens: int) -> None:
+        now = time.monotonic()
+        self._rows.append(dict(metrics))
+        self._tokens += tokens
+        self._seconds += now - self._since
+        self._since = now
+
+    def means(self) -> dict[str, float]:
+        """Mean loss, and per objective the mean over its tokens; the newest learning rate and gradient norm."""
+        newest = self._rows[-1]
+        values = {"loss": float(np.mean([row["loss"] for row in self._rows]))}
+        for name in objectives.NAMES:
+            counts = np.array([row[f"tokens/{name}"] for row in self._rows])
+            if counts.sum() > 0:
+                losses = np.array([row[f"loss/{name}"] for row in self._rows])
+                values[f"loss/{name}"] = float((losses * counts).sum() / counts.sum())
+                values[f"weight/{name}"] = newest[f"weight/{name}"]
+        return {**values, "lr": newest["lr"], "grad_norm": newest["grad_norm"]}
+
+    def tokens_per_second(self) -> float:
+        return self._tokens / self._seconds if self._seconds > 0 else 0.0
+
+    def clear(self) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._tokens = 0
+        self._seconds = 0.0
+
+
+def _tokens_by_stream(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
+    counts = (batch["segment_ids"] > 0).sum(axis=1)
+    return {name: int(counts[batch["stream"] == number].sum()) for name, number in objectives.STREAM_IDS.items()}
+
+
+def load_dialogue_model(
+    directory: Path, *, step_number: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> DialogueModel:
+    """The model of a work directory: its best checkpoint where the run has one, else its newest good one.
+
+    Raises:
+      UserError: no work directory, or no checkpoint in it that verifies.
+    """
+    from ssl_jax.data.tokenizer import DialogueTokenizer
+
+    config = workdir.read_config(directory)
+    tokenizer = DialogueTokenizer.load(directory / workdir.TOKENIZER)
+    shape = model.GPT2.from_config(config.model, tokenizer.vocab_size)
+    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
+    if step_number is None:
+        best = checkpoints.best() if config.train.load_best_model_at_end else None
+        step_number = best or checkpoints.newest()
+    if step_number is None:
+        raise UserError(f"{directory} has no good checkpoint yet; run python -m ssl_jax.train --workdir {directory}")
+    abstract = jax.eval_shape(functools.partial(model.init, shape), jax.random.key(0))
+    if mesh is not None:
+        shardings = sharding.shard_params(abstract, mesh)
+        abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
+        )
+    item = "ema" if config.optimizer.ema_decay else "params"
+    return DialogueModel(shape, checkpoints.restore(step_number, {item: abstract})[item], tokenizer, mesh)

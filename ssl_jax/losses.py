@@ -1,0 +1,136 @@
+"""Cross-entropy over a large vocabulary without ever holding all its logits.
+
+The loss is linear in each token's weight, so once the weights are known the gradient of a chunk's logits can be taken
+while the chunk is at hand. Forward and backward therefore need three matrix products instead of four, and memory for
+one chunk of logits instead of `[batch, time, vocabulary]` in float32.
+
+Axes: B rows, T time, D width, V padded vocabulary, C chunk of time.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_TOKENS = 1024
+
+
+def weighted_cross_entropy(
+    hidden_BTD: jax.Array,
+    embedding_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    vocab_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of next-token negative log-likelihoods, differentiable in `hidden_BTD` and `embedding_VD`.
+
+    Args:
+      hidden_BTD: final hidden states, any float type; products accumulate in float32.
+      embedding_VD: output embedding; rows from `vocab_size` on are padding and get no probability.
+      targets_BT: int32 token ids.
+      weights_BT: float32; not differentiated.
+      vocab_size: number of real tokens.
+
+    Returns:
+      The float32 scalar sum of weight times negative log-likelihood (nats), and the unweighted float32
+      negative log-likelihoods `[B, T]`, which carry no gradient.
+    """
+    loss_and_nll: Any = _weighted_cross_entropy(vocab_size, hidden_BTD, embedding_VD, targets_BT, weights_BT)
+    return loss_and_nll[0], jax.lax.stop_gradient(loss_and_nll[1])
+
+
+def token_nll(hidden_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
+    """Negative log-likelihood of every target, float32 `[B, T]`, nats."""
+
+    def chunk_nll(_, chunk):
+        logits_BCV = _logits(chunk[0], embedding_VD, vocab_size)
+        return None, _nll(logits_BCV, chunk[1])[0]
+
+    _, nll = jax.lax.scan(chunk_nll, None, _chunks(hidden_BTD, targets_BT))
+    return _unchunk(nll, targets_BT.shape[1])
+
+
+def _logits(hidden_BCD: jax.Array, embedding_VD: jax.Array, vocab_size: int) -> jax.Array:
+    logits_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, embedding_VD, preferred_element_type=jnp.float32)
+    if vocab_size == embedding_VD.shape[0]:
+        return logits_BCV
+    is_real_V = jnp.arange(embedding_VD.shape[0]) < vocab_size
+    return jnp.where(is_real_V[None, None, :], logits_BCV, -jnp.inf)
+
+
+def _nll(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    target_logits_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    return log_z_BC - target_logits_BC, log_z_BC
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_cross_entropy(
+    vocab_size: int, hidden_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    nll_BT = token_nll(hidden_BTD, embedding_VD, targets_BT, vocab_size)
+    return jnp.sum(nll_BT * weights_BT), nll_BT
+
+
+def _forward(vocab_size, hidden_BTD, embedding_VD, targets_BT, weights_BT):
+    def chunk_loss(carry, chunk):
+        loss, embedding_grad_VD = carry
+        hidden_BCD, targets_BC, weights_BC = chunk
+        logits_BCV = _logits(hidden_BCD, embedding_VD, vocab_size)
+        nll_BC, log_z_BC = _nll(logits_BCV, targets_BC)
+        is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None, :] == targets_BC[..., None]
+        logits_grad_BCV = (jnp.exp(logits_BCV - log_z_BC[..., None]) - is_target_BCV) * weights_BC[..., None]
+        logits_grad_BCV = logits_grad_BCV.astype(hidden_BCD.dtype)
+        hidden_grad_BCD = jnp.einsum("bcv,vd->bcd", logits_grad_BCV, embedding_VD)
+        embedding_grad_VD += jnp.einsum("bcv,bcd->vd", logits_grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
+        return (loss + jnp.sum(nll_BC * weights_BC), embedding_grad_VD), (nll_BC, hidden_grad_BCD)
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape, jnp.float32))
+    (loss, embedding_grad_VD), (nll, hidden_grad) = jax.lax.scan(
+        chunk_loss, start, _chunks(hidden_BTD, targets_BT, weights_BT)
+    )
+    length = targets_BT.shape[1]
+    residuals = (_unchunk(hidden_grad, length), embedding_grad_VD.astype(embedding_VD.dtype))
+    return (loss, _unchunk(nll, length)), residuals
+
+
+def _backward(vocab_size, residuals, cotangents):
+    hidden_grad_BTD, embedding_grad_VD = residuals
+    scale, _ = cotangents
+    return (
+        hidden_grad_BTD * scale.astype(hidden_grad_BTD.dtype),
+        embedding_grad_VD * scale.astype(embedding_grad_VD.dtype),
+        None,
+        None,
+    )
+
+
+_weighted_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Cuts `[B, T, …]` along time into `[N, B, C, …]` with B × C near CHUNK_TOKENS; pads time with zeros.
+
+    Time is cut, not rows, so that rows may stay sharded over devices.
+    """
+    rows, length = arrays[0].shape[:2]
+    number = max(1, round(rows * length / CHUNK_TOKENS))
+    size = -(-length // number)
+    number = -(-length // size)
+
+    def cut(array):
+        padding = [(0, 0)] * array.ndim
+        padding[1] = (0, number * size - length)
+        padded = jnp.pad(array, padding) if number * size > length else array
+        return jnp.moveaxis(padded.reshape(rows, number, size, *array.shape[2:]), 1, 0)
+
+    return tuple(cut(array) for array in arrays)
+
+
+def _unchunk(array_NBC: jax.Array, length: int) -> jax.Array:
+    """Undoes `_chunks` for one array."""
+    number, rows, size = array_NBC.shape[:3]
+    return jnp.moveaxis(array_NBC, 0, 1).reshape(rows, number * size, *array_NBC.shape[3:])[:, :length]

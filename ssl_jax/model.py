@@ -1,0 +1,354 @@
+"""GPT-2 in Flax Linen, with Hugging Face's parameter names and arithmetic (Radford et al. 2019).
+
+The only module that imports Flax. Callers see plain dictionaries of arrays and four functions: `init`, `forward`,
+`prefill` and `decode`. Kernels are `[in, out]` as in Hugging Face's Conv1D. With `scan_layers` the blocks are stacked
+under `h` with a leading layer axis; otherwise they are `h/0`, `h/1`, ….
+
+Axes: B rows, T time, D width, H heads, K head width, S cache slots, L layers, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ssl_jax import attention
+
+Params = dict[str, Any]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2:
+    """Shape and arithmetic of a model: what `config.Model` says, resolved against a tokenizer and a backend.
+
+    Attributes:
+      vocab_size: real tokens; ids from here to `padded_vocab_size` are never predicted.
+      dtype: type of the arithmetic; softmax, layer norms and the loss stay in float32.
+    """
+
+    vocab_size: int
+    padded_vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: str = "none"
+
+    @classmethod
+    def from_config(cls, config: Any, vocab_size: int) -> GPT2:
+        """Resolves a `config.Model` for a tokenizer of `vocab_size` tokens."""
+        dtype = config.dtype
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        fields = {field.name for field in dataclasses.fields(cls)} & set(type(config).model_fields)
+        values = {name: getattr(config, name) for name in fields}
+        values |= {
+            "n_inner": config.n_inner or 4 * config.n_embd,
+            "dtype": jnp.dtype(dtype),
+            "param_dtype": jnp.dtype(config.param_dtype),
+        }
+        padded = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
+        return cls(vocab_size=vocab_size, padded_vocab_size=padded, **values)
+
+
+def init(model: GPT2, key: jax.Array) -> Params:
+    """Fresh parameters as GPT-2 initializes them: normal, the residual projections scaled by 1/sqrt(2 L)."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    return dict(_Transformer(model).init(key, tokens, tokens, tokens)["params"])
+
+
+def forward(
+    model: GPT2,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Final hidden states `[B, T, D]` of packed rows; attention is causal and stays within a segment.
+
+    Args:
+      model: the shape.
+      params: from `init`.
+      tokens_BT: int32 ids.
+      positions_BT: int32 position of each token in its own segment.
+      segment_ids_BT: int32; 0 is padding.
+      dropout_key: PRNG key for training; None switches dropout off.
+    """
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    transformer = _Transformer(model, deterministic=dropout_key is None)
+    hidden_BTD: Any = transformer.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, rngs=rngs)
+    return hidden_BTD
+
+
+def output_embedding(params: Params, dtype: Any) -> jax.Array:
+    """The `[V, D]` matrix that turns hidden states into logits: the tied token embedding."""
+    return params["wte"]["embedding"].astype(dtype)
+
+
+Cache = tuple[tuple[jax.Array, jax.Array], ...]
+"""Keys and values of every layer, each `[B, H, S, K]`."""
+
+
+def prefill(model: GPT2, layers: Params, tokens_BT: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
+    """Reads right-padded prompts: hidden states `[B, T, D]` and a cache with `slots` slots, prompts in the first T.
+
+    Args:
+      model: the shape.
+      layers: from `unstack`.
+      tokens_BT: int32 prompts; what stands behind a prompt's end is harmless, since attention is causal and `decode`
+        masks it.
+      slots: cache size, at least T.
+    """
+    length = tokens_BT.shape[1]
+    mask = jnp.tri(length, dtype=bool)[None, None]
+    padding = ((0, 0), (0, 0), (0, slots - length), (0, 0))
+
+    def attend_for(_):
+        def attend(query, key, value):
+            context = attention.attend(query, key, value, mask)
+            return context, (jnp.pad(key, padding), jnp.pad(value, padding))
+
+        return attend
+
+    return _run_layers(model, layers, tokens_BT, jnp.arange(length)[None], attend_for)
+
+
+def decode(
+    model: GPT2,
+    layers: Params,
+    tokens_B: jax.Array,
+    positions_B: jax.Array,
+    slot: jax.Array,
+    visible_BS: jax.Array,
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
+    """One token per row: hidden states `[B, D]` and the cache with the token written at `slot`.
+
+    Args:
+      model: the shape.
+      layers: from `unstack`.
+      tokens_B: int32 ids.
+      positions_B: int32 positions in the conversation.
+      slot: int32 scalar, the same cache slot for every row, so that the write is one slice update in place.
+      visible_BS: bool; which slots a row may see, `slot` included.
+      cache: from `prefill` or the last `decode`.
+    """
+
+    def attend_for(layer):
+        def attend(query, key, value):
+            keys = jax.lax.dynamic_update_slice_in_dim(cache[layer][0], key, slot, axis=2)
+            values = jax.lax.dynamic_update_slice_in_dim(cache[layer][1], value, slot, axis=2)
+            return attention.attend(query, keys, values, visible_BS[:, None, None]), (keys, values)
+
+        return attend
+
+    hidden_B1D, cache = _run_layers(model, layers, tokens_B[:, None], positions_B[:, None], attend_for)
+    return hidden_B1D[:, 0], cache
+
+
+def unstack(model: GPT2, params: Params) -> Params:
+    """Parameters with one entry per block, as `prefill` and `decode` read them."""
+    if not model.scan_layers:
+        return params
+    blocks = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], params["h"]) for i in range(model.n_layer)}
+    return {**params, "h": blocks}
+
+
+def _run_layers(model, layers, tokens_BT, positions_BT, attend_for) -> tuple[jax.Array, Cache]:
+    """The forward pass with a cache: blocks one by one, each with its own way to attend."""
+    x_BTD: Any = _Embed(model).apply({"params": layers}, tokens_BT, positions_BT)
+    cache = []
+    for layer in range(model.n_layer):
+        x_BTD, entry = _Block(model).apply({"params": layers["h"][str(layer)]}, x_BTD, attend_for(layer))
+        cache.append(entry)
+    x_BTD = _LayerNorm(model).apply({"params": layers["ln_f"]}, x_BTD)
+    return x_BTD, tuple(cache)
+
+
+def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    """Zeroes a fraction `rate` (rounded to 1/256) of `x` and scales up the rest."""
+    if rate == 0.0:
+        return x
+    return x * _keep(module, x.shape, rate).astype(x.dtype)
+
+
+def _keep(module: nn.Module, shape: tuple[int, ...], rate: float) -> jax.Array:
+    """Dropout factors, 0 or 1/kept, from one random byte each: a quarter of the bits, which dominate its cost."""
+    dropped = round(rate * 256)
+    words = jax.random.bits(module.make_rng("dropout"), (*shape[:-1], -(-shape[-1] // 4)), jnp.uint32)
+    draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*shape[:-1], -1)[..., : shape[-1]]
+    return jnp.where(draws >= dropped, 256.0 / (256 - dropped), 0.0)
+
+
+class _Dense(nn.Module):
+    """x @ kernel + bias with Hugging Face's Conv1D names."""
+
+    model: GPT2
+    features: int
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        initializer = nn.initializers.normal(self.model.initializer_range * self.scale)
+        kernel = self.param("kernel", initializer, (x.shape[-1], self.features), self.model.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.model.param_dtype)
+        dtype = self.model.dtype
+        return x @ kernel.astype(dtype) + bias.astype(dtype)[(None,) * (x.ndim - 1)]
+
+
+class _LayerNorm(nn.Module):
+    model: GPT2
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, width, self.model.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, width, self.model.param_dtype)
+        x32 = x.astype(jnp.float32)
+        centered = x32 - x32.mean(axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        normal = centered * jax.lax.rsqrt(variance + self.model.layer_norm_epsilon)
+        ones = (None,) * (x.ndim - 1)
+        return (normal * scale.astype(jnp.float32)[ones] + bias.astype(jnp.float32)[ones]).astype(x.dtype)
+
+
+class _Embed(nn.Module):
+    """Token plus position embedding."""
+
+    model: GPT2
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        table = _Table(self.model, self.model.padded_vocab_size, name="wte")()
+        positions = _Table(self.model, self.model.n_positions, name="wpe")()
+        return table.astype(self.model.dtype)[tokens_BT] + positions.astype(self.model.dtype)[positions_BT]
+
+
+class _Table(nn.Module):
+    model: GPT2
+    rows: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        initializer = nn.initializers.normal(self.model.initializer_range)
+        return self.param("embedding", initializer, (self.rows, self.model.n_embd), self.model.param_dtype)
+
+
+class _Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    model: GPT2
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+        model = self.model
+        rows, length, width = x_BTD.shape
+        residual_scale = (2 * model.n_layer) ** -0.5
+        drop = 0.0 if self.deterministic else model.resid_pdrop
+
+        normal = _LayerNorm(model, name="ln_1")(x_BTD)
+        qkv = _Dense(model, 3 * width, name="attn_c_attn")(normal)
+        heads = qkv.reshape(rows, length, 3, model.n_head, width // model.n_head).transpose(2, 0, 3, 1, 4)
+        context_BHTK, extra = attend(heads[0], heads[1], heads[2])
+        context = context_BHTK.transpose(0, 2, 1, 3).reshape(rows, length, width)
+        projected = _Dense(model, width, residual_scale, name="attn_c_proj")(context)
+        x_BTD = x_BTD + _dropout(self, projected, drop)
+
+        normal = _LayerNorm(model, name="ln_2")(x_BTD)
+        inner = ACTIVATIONS[model.activation_function](_Dense(model, model.n_inner, name="mlp_c_fc")(normal))
+        projected = _Dense(model, width, residual_scale, name="mlp_c_proj")(inner)
+        return x_BTD + _dropout(self, projected, drop), extra
+
+
+class _TrainBlock(nn.Module):
+    """A block over packed rows, in the shape that `nn.scan` wants."""
+
+    model: GPT2
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        model = self.model
+        drop = 0.0 if self.deterministic else model.attn_pdrop
+        rows, length, _ = x_BTD.shape
+        keep = _keep(self, (rows, model.n_head, length, length), drop) if drop else None
+
+        def attend(query, key, value):
+            return attention.attend(query, key, value, mask, keep_BHTS=keep), None
+
+        # The block's parameters sit beside, not below, this wrapper: one layout for training and decoding.
+        block = _Block(model, self.deterministic)
+        return nn.share_scope(self, block) or block(x_BTD, attend)
+
+
+class _Transformer(nn.Module):
+    """Embeddings, blocks, final norm."""
+
+    model: GPT2
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        model = self.model
+        embed = _Embed(model)
+        nn.share_scope(self, embed)
+        x_BTD = embed(tokens_BT, positions_BT)
+        if not self.deterministic:
+            x_BTD = _dropout(self, x_BTD, model.embd_pdrop)
+        mask = attention.segment_mask(segment_ids_BT)
+        block: Any = _TrainBlock
+        if model.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if model.remat == "dots" else None
+            block = nn.remat(block, prevent_cse=not model.scan_layers, policy=policy)
+        if model.scan_layers:
+            scanned: Any = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+                length=model.n_layer,
+            )
+            x_BTD, _ = scanned(model, self.deterministic, name="h")(x_BTD, mask)
+        else:
+            x_BTD, _ = _Blocks(model, self.deterministic, block, name="h")(x_BTD, mask)
+        return _LayerNorm(model, name="ln_f")(x_BTD)
+
+
+class _Blocks(nn.Module):
+    """The unrolled stack, named by layer number."""
+
+    model: GPT2
+    deterministic: bool
+    block: Any
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        for layer in range(self.model.n_layer):
+            x_BTD, _ = self.block(self.model, self.deterministic, name=str(layer))(x_BTD, mask)
+        return x_BTD, None

@@ -1,0 +1,58 @@
+"""The loss terms and how much each weighs at every step."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax import config
+
+NAMES = ("supervised", "lm", "pseudo")
+"""The objective of each stream, in the order of the numbers in a batch's `stream` array."""
+
+STREAM_IDS = {"labeled": 0, "raw": 1, "pseudo": 2}
+"""Rows of these streams are trained with the objective of the same number."""
+
+
+def weights(settings: config.Objectives, step: jax.Array, *, first_round: int, total_steps: int) -> jax.Array:
+    """Weight of every objective at `step`, float32 in the order of `NAMES`.
+
+    The weight of pseudo-labels rises from the first round on as exp(-5 (1 - t)^2), t the elapsed fraction of the ramp
+    (Laine & Aila 2017, section 3): a young student is not to be drowned in a young teacher's labels.
+    """
+    ramp_steps = max(1.0, settings.pseudo_ramp * total_steps)
+    elapsed = jnp.clip((step - first_round) / ramp_steps, 0.0, 1.0)
+    ramp = jnp.exp(-5.0 * jnp.square(1.0 - elapsed))
+    return jnp.stack([jnp.float32(settings.supervised), jnp.float32(settings.lm), settings.pseudo * ramp])
+
+
+def token_weights(stream_B: jax.Array, loss_weights_BT: jax.Array, objective_weights: jax.Array) -> jax.Array:
+    """Per-token factors `[B, T]` whose weighted sum of losses is Σ weight × mean over the objective's own tokens.
+
+    The means are taken over the whole global batch, once: devices and micro-batches may hold any share of an
+    objective's tokens. An objective without tokens contributes nothing.
+    """
+    counts = objective_sums(stream_B, loss_weights_BT)
+    factors = jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)
+    return loss_weights_BT * factors[stream_B][:, None]
+
+
+def objective_sums(stream_B: jax.Array, values_BT: jax.Array) -> jax.Array:
+    """Sum of `values_BT` over the rows of every objective, float32 in the order of `NAMES`."""
+    is_objective = stream_B[:, None] == jnp.arange(len(NAMES))[None, :]
+    return jnp.sum(jnp.sum(values_BT, axis=1)[:, None] * is_objective, axis=0, dtype=jnp.float32)
+
+
+def replace_tokens(
+    key: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array, rate: float, vocab_size: int
+) -> jax.Array:
+    """Replaces a fraction of the input tokens by uniformly drawn ones; targets and padding stay.
+
+    Random-token replacement regularizes language models that see their data many times (arXiv 2606.16246).
+    """
+    if rate == 0.0:
+        return tokens_BT
+    chosen_key, drawn_key = jax.random.split(key)
+    chosen = jax.random.bernoulli(chosen_key, rate, tokens_BT.shape) & (segment_ids_BT > 0)
+    drawn = jax.random.randint(drawn_key, tokens_BT.shape, 0, vocab_size, tokens_BT.dtype)
+    return jnp.where(chosen, drawn, tokens_BT)

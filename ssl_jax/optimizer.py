@@ -1,0 +1,49 @@
+"""AdamW with warm-up, decay and clipping, assembled from optax."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from ssl_jax import config
+
+
+def learning_rate_schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then the decay that `lr_scheduler_type` names.
+
+    A `warmup_steps` below 1 is a fraction of `total_steps`, as in Hugging Face's `TrainingArguments`.
+    """
+    warmup = settings.warmup_steps if settings.warmup_steps >= 1 else settings.warmup_steps * total_steps
+    warmup = min(round(warmup), total_steps)
+    peak, decay_steps = settings.learning_rate, max(1, total_steps - warmup)
+    match settings.lr_scheduler_type:
+        case "cosine":
+            decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=settings.min_lr_ratio)
+        case "linear":
+            decay = optax.linear_schedule(peak, peak * settings.min_lr_ratio, decay_steps)
+        case "constant":
+            decay = optax.constant_schedule(peak)
+    # The first update already moves: step 0 of the warm-up has 1/warmup of the peak.
+    start = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
+    return optax.join_schedules([start, decay], [warmup])
+
+
+def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) that decays matrices only."""
+    return optax.chain(
+        optax.clip_by_global_norm(settings.max_grad_norm),
+        optax.adamw(
+            learning_rate_schedule(settings, total_steps),
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+
+
+def decay_mask(params: optax.Params) -> optax.Params:
+    """True for kernels and embeddings, False for biases and layer norms, whether or not blocks are stacked."""
+    decayed = {"kernel", "embedding"}
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in decayed, params)

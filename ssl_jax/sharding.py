@@ -1,0 +1,122 @@
+"""The device mesh and which axis of which array lies on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ssl_jax import config
+from ssl_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+# Parameter path → axes of the array. Paths of stacked blocks have one more, leading, axis, which stays whole.
+PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"wte/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"wpe/embedding", PartitionSpec(None, "fsdp")),
+    (r"(attn_c_attn|mlp_c_fc)/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"(attn_c_attn|mlp_c_fc)/bias", PartitionSpec("tensor")),
+    (r"(attn_c_proj|mlp_c_proj)/kernel", PartitionSpec("tensor", "fsdp")),
+    (r"(attn_c_proj|mlp_c_proj)/bias", PartitionSpec(None)),
+    (r"ln_(1|2|f)/(scale|bias)", PartitionSpec(None)),
+)
+
+
+def mesh_shape(settings: config.Mesh, device_count: int) -> dict[str, int]:
+    """Resolves -1 ("the rest") against the number of devices.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {axis: getattr(settings, axis) for axis in AXES}
+    known = int(np.prod([size for size in sizes.values() if size > 0]))
+    for axis, size in sizes.items():
+        if size == -1:
+            sizes[axis] = max(1, device_count // known)
+    if int(np.prod(list(sizes.values()))) != device_count:
+        wanted = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise UserError(f"mesh: {wanted} does not use {device_count} device(s) exactly; set one size to -1")
+    return sizes
+
+
+def make_mesh(settings: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices` (all by default) with axes data, fsdp, tensor."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(settings, len(devices))
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many devices see different rows."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def partition_spec(path: tuple[Any, ...], ndim: int) -> PartitionSpec:
+    """The axes of one parameter.
+
+    Raises:
+      LookupError: no rule matches, so that no parameter is ever replicated by accident.
+    """
+    name = "/".join(str(getattr(key, "key", key)) for key in path)
+    for pattern, spec in PARTITION_RULES:
+        if re.search(rf"(^|/){pattern}$", name):
+            return PartitionSpec(*(None,) * (ndim - len(spec)), *spec)
+    raise LookupError(f"no partition rule matches parameter {name!r}")
+
+
+def shard_params(abstract_params: Any, mesh: Mesh) -> Any:
+    """The sharding of every parameter.
+
+    Raises:
+      UserError: an axis of the mesh does not divide an axis of a parameter.
+    """
+
+    def place(path, leaf):
+        spec = partition_spec(path, leaf.ndim)
+        for size, axis in zip(leaf.shape, spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                name = "/".join(str(key.key) for key in path)
+                raise UserError(f"mesh.{axis} {mesh.shape[axis]} does not divide {name} of shape {leaf.shape}")
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(place, abstract_params)
+
+
+def shard_like_params(tree: Any, param_shardings: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree that holds copies of the parameters' structure (optimizer moments) and scalars.
+
+    A leaf whose path ends in a parameter's path gets that parameter's sharding; scalars are replicated.
+    """
+    by_path = {_path_text(path): sharding for path, sharding in jax.tree.leaves_with_path(param_shardings)}
+
+    def place(path, leaf):
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        text = _path_text(path)
+        for name, sharding in by_path.items():
+            if text == name or text.endswith("/" + name):
+                return sharding
+        raise LookupError(f"no parameter corresponds to state leaf {text!r}")
+
+    return jax.tree.map_with_path(place, tree)
+
+
+def _path_text(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Places this process's rows as its part of the global batch, rows over data and fsdp."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -1,0 +1,56 @@
+"""Trains a dialogue model: `python -m ssl_jax.train --config FILE [--workdir DIR] [--any.field value]`.
+
+Prepares the data if needed, trains on labeled, unlabeled and pseudo-labeled dialogues, evaluates, checkpoints. The
+same command again goes on where the run stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl_jax import command_line, workdir
+from ssl_jax.config import Config
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The story of a run: configuration, work directory, data, training, what came of it."""
+    config = command_line.parse(Config, arguments, program="python -m ssl_jax.train", summary=__doc__ or "")
+    directory = Path(config.workdir)
+    workdir.claim(directory, config)
+    if (summary := workdir.read_summary(directory)) is not None:
+        print(f"{directory} is done: {summary['steps']} steps, {summary['seconds']:.0f} s")
+        show(summary, directory)
+        return
+
+    from ssl_jax.data.pipeline import prepare
+
+    prepared = prepare(config)
+    prepared.tokenizer.save(directory / workdir.TOKENIZER)
+
+    from ssl_jax import loop
+
+    with loop.Signals().listen() as signals:
+        summary = loop.Run(config, prepared, directory, signals).train()
+    show(summary, directory)
+
+
+def show(summary: dict[str, Any], directory: Path) -> None:
+    """Prints the final metrics beside the human ones, and what to type next."""
+    human = summary["human"]
+    rows = [("metric", summary["split"].removeprefix("labeled_"), "human")]
+    rows += [
+        (name, f"{value:.4f}", f"{human[name]:.4f}" if name in human else "")
+        for name, value in summary["evaluation"].items()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    tokens = ", ".join(f"{count:,} {name}" for name, count in summary["tokens_by_stream"].items() if count)
+    print(f"\ntokens: {tokens}; checkpoint {summary['checkpoint']} of {summary['steps']}; results in {directory}")
+    print(f"\ntalk to it:\n  python -m ssl_jax.generate --workdir {directory} --prompt 'hi, how are you?'")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

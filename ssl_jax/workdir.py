@@ -1,0 +1,96 @@
+"""The files of a work directory that describe a run as a whole, and loading a model from one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_jax.command_line import read_yaml, validate
+from ssl_jax.config import Config
+from ssl_jax.errors import UserError
+
+CHECKPOINTS = "checkpoints"
+PSEUDO_LABELS = "pseudo_labels"
+TOKENIZER = "tokenizer"
+
+# Fields that may differ when a run goes on: where things are, not what they are.
+FREE_FIELDS = ("workdir", "data.prepared_dir", "train.logging_steps", "train.save_total_limit")
+
+
+def claim(directory: Path, config: Config) -> None:
+    """Makes the directory and writes `config.yaml`, or checks that the run there has the same configuration.
+
+    A directory without checkpoints holds nothing that another configuration could spoil: whoever corrects a mistake
+    goes on in the directory that the failed attempt left.
+
+    Raises:
+      UserError: the run there differs, naming the fields; or the directory cannot be written.
+    """
+    path = directory / "config.yaml"
+    if path.is_file() and (directory / CHECKPOINTS).is_dir():
+        differing = _differences(_flatten(read_yaml(path)), _flatten(config.model_dump(mode="json")))
+        if differing:
+            shown = "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
+            raise UserError(
+                f"{directory} holds a run with another configuration ({shown}); name another --workdir or remove it"
+            )
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written: {error.strerror}; name another --workdir") from None
+
+
+def read_config(directory: Path) -> Config:
+    """The configuration of the run in a work directory.
+
+    Raises:
+      UserError: the directory does not exist or holds no run.
+    """
+    path = directory / "config.yaml"
+    if not path.is_file():
+        what = "is not a work directory (it has no config.yaml)" if directory.is_dir() else "does not exist"
+        raise UserError(f"--workdir {directory} {what}; train one with python -m ssl_jax.train --config FILE")
+    return validate(Config, read_yaml(path), origin=str(path))
+
+
+def read_summary(directory: Path) -> dict[str, Any] | None:
+    """The summary of a run that has ended well, or None."""
+    path = directory / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON; the file is the old one or the new one, never half of it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file as a whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix.removesuffix("."): values}
+    return {path: leaf for name, value in values.items() for path, leaf in _flatten(value, f"{prefix}{name}.").items()}
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    fields = [name for name in {**there, **here} if name not in FREE_FIELDS]
+    return [
+        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in fields
+        if there.get(name) != here.get(name)
+    ]

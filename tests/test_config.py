@@ -1,0 +1,144 @@
+"""The schema: what it accepts, what it refuses, and that it documents itself."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+
+from ssl_jax.config import FORMER_NAMES, MODEL_SIZES, Config, Section, Source
+
+
+def fields(schema: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[str, pydantic.fields.FieldInfo]]:  # pyright: ignore
+    """Every field of the tree, groups included, by dotted path."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name, field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+def with_defaults(path: str, value: Any) -> dict[str, Any]:
+    """A complete configuration with one value changed."""
+    values = Config().model_dump()
+    group = values
+    *groups, name = path.split(".")
+    for part in groups:
+        group = group[part]
+    group[name] = value
+    return values
+
+
+ALL_FIELDS = dict([*fields(Config), *fields(Source, "data.labeled.N.")])
+
+BOUNDS = [
+    (path, kind, getattr(constraint, kind))
+    for path, field in fields(Config)
+    for constraint in field.metadata
+    for kind in ("ge", "gt", "le", "lt")
+    if getattr(constraint, kind, None) is not None
+]
+
+BEYOND = {
+    "ge": lambda bound: bound - 1,
+    "gt": lambda bound: bound,
+    "le": lambda bound: bound + 1,
+    "lt": lambda bound: bound,
+}
+
+
+@pytest.mark.parametrize("path", ALL_FIELDS)
+def test_every_field_says_what_it_means_in_a_sentence(path: str) -> None:
+    description = ALL_FIELDS[path].description
+    assert description
+    assert description[0].isupper() or description.startswith("`")
+    assert description.endswith((".", ")"))
+
+
+@pytest.mark.parametrize(("path", "kind", "bound"), BOUNDS)
+def test_a_value_beyond_its_bound_is_refused_and_the_field_named(path: str, kind: str, bound: float) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        Config.model_validate(with_defaults(path, BEYOND[kind](bound)))
+    assert path in {".".join(map(str, problem["loc"])) for problem in caught.value.errors()}
+
+
+@pytest.mark.parametrize("path", [path for path, field in fields(Config) if field.annotation in (int, float)])
+def test_every_number_has_a_bound_and_refuses_nan(path: str) -> None:
+    assert any(bounded == path for bounded, _, _ in BOUNDS)
+    with pytest.raises(pydantic.ValidationError):
+        Config.model_validate(with_defaults(path, math.nan))
+
+
+@pytest.mark.parametrize(
+    "section", [Config, Source, *{type(v) for v in vars(Config()).values() if isinstance(v, Section)}]
+)
+def test_every_group_refuses_unknown_keys(section: type[Section]) -> None:
+    with pytest.raises(pydantic.ValidationError, match="extra_forbidden"):
+        section.model_validate({"no_such_field": 1})
+
+
+def test_configuration_cannot_be_changed_after_validation() -> None:
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        Config().train.steps = 5  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_configuration_survives_yaml() -> None:
+    config = Config.model_validate({"data": {"labeled": [{"path": "a"}]}, "model": {"size": "distilgpt2"}})
+    text = yaml.safe_dump(config.model_dump(mode="json"))
+    assert Config.model_validate(yaml.safe_load(text)) == config
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_a_size_by_name_sets_the_shape(size: str) -> None:
+    model = Config.model_validate({"model": {"size": size}}).model
+    assert model.model_dump(include=set(MODEL_SIZES[size])) == MODEL_SIZES[size]
+
+
+def test_a_size_and_a_different_shape_contradict_each_other() -> None:
+    with pytest.raises(pydantic.ValidationError, match="size gpt2 means n_layer 12; drop n_layer or drop size"):
+        Config.model_validate({"model": {"size": "gpt2", "n_layer": 3}})
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"model": {"n_embd": 100, "n_head": 3}}, "n_embd 100 must be a multiple of n_head 3"),
+        ({"train": {"steps": 1, "num_train_epochs": 1}}, "exactly one of steps and num_train_epochs"),
+        ({"train": {"steps": None}}, "exactly one of steps and num_train_epochs"),
+        ({"data": {"test_size": 0.6, "dev_size": 0.4}}, "must leave something to train on"),
+        ({"data": {"labeled": [{}]}}, "exactly one of path, dataset, tfds; found none"),
+        ({"pseudo_labels": {"rounds": [0.5, 0.2]}}, "increasing fractions"),
+        ({"pseudo_labels": {"rounds": [1.0]}}, "increasing fractions"),
+        ({"mesh": {"data": -1, "fsdp": -1}}, "at most one of them is -1"),
+        ({"mesh": {"tensor": 0}}, "mesh sizes are positive"),
+        ({"train": {"steps": 1, "sequence_length": 2048}}, "sequence_length 2048 exceeds model.n_positions 1024"),
+        (
+            {"model": {"n_positions": 160}, "train": {"steps": 1, "sequence_length": 64}},
+            "more than model.n_positions 160",
+        ),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        Config.model_validate(values)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("former", "now"), FORMER_NAMES.items())
+def test_former_names_lead_to_fields_that_exist(former: str, now: str) -> None:
+    assert now.split(" ")[0] in ALL_FIELDS
+    assert former not in Config.model_fields
+
+
+def test_defaults_are_those_of_the_recipe() -> None:
+    config = Config()
+    assert config.train.per_device_train_batch_size == 16
+    assert config.train.per_device_eval_batch_size == 64
+    assert config.data.test_size == 0.2

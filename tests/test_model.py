@@ -1,0 +1,255 @@
+"""The model in all its forms is one function: packed, alone, cached, scanned, unrolled, recomputed."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssl_jax import config, model
+
+SHAPE = model.GPT2(
+    vocab_size=61,
+    padded_vocab_size=64,
+    n_positions=24,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    n_inner=24,
+    initializer_range=0.2,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+)
+WITH_DROPOUT = dataclasses.replace(SHAPE, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
+
+forward = jax.jit(model.forward, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Parameters without a zero or a one, so that a bias or a scale that is left out is noticed."""
+    fresh = model.init(SHAPE, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(fresh)
+    rng = np.random.default_rng(0)
+    return tree.unflatten([leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+def packed(*segments, length=16):
+    """Tokens, positions and segment ids of one row, `[1, T]`."""
+    tokens, positions, ids = np.zeros((3, 1, length), np.int32)
+    begin = 0
+    for number, segment in enumerate(segments, start=1):
+        place = slice(begin, begin + len(segment))
+        tokens[0, place], positions[0, place], ids[0, place] = segment, np.arange(len(segment)), number
+        begin += len(segment)
+    return tokens, positions, ids
+
+
+SEGMENTS = ([3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8], [60, 0, 7])
+
+
+# Packing --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_packed_segment_gives_what_it_gives_alone(params):
+    together = np.asarray(forward(SHAPE, params, *packed(*SEGMENTS)))[0]
+    begin = 0
+    for segment in SEGMENTS:
+        alone = np.asarray(forward(SHAPE, params, *packed(segment)))[0, : len(segment)]
+        np.testing.assert_allclose(together[begin : begin + len(segment)], alone, rtol=1e-5, atol=1e-5)
+        begin += len(segment)
+
+
+@pytest.mark.parametrize(("place", "seen_by"), [(0, range(0, 5)), (6, range(6, 12)), (11, range(11, 12)), (15, [15])])
+def test_a_token_reaches_itself_and_later_tokens_of_its_segment_and_nothing_else(params, place, seen_by):
+    """Bitwise: other segments, earlier tokens and (from padding) all real tokens are untouched."""
+    tokens, positions, ids = packed(*SEGMENTS)
+    changed = tokens.copy()
+    changed[0, place] = 33
+    before, after = (np.asarray(forward(SHAPE, params, t, positions, ids))[0] for t in (tokens, changed))
+    assert np.flatnonzero(np.any(before != after, axis=-1)).tolist() == list(seen_by)
+    assert np.isfinite(after).all()
+
+
+# Layouts and recomputation --------------------------------------------------------------------------------------------
+
+
+def test_scanned_and_unrolled_blocks_are_the_same_function_of_the_same_parameters(params):
+    unrolled = dataclasses.replace(SHAPE, scan_layers=False)
+    converted = model.unstack(SHAPE, params)
+    expected = jax.eval_shape(functools.partial(model.init, unrolled), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, converted) == jax.tree.map(jnp.shape, expected)
+    np.testing.assert_allclose(
+        forward(unrolled, converted, *packed(*SEGMENTS)), forward(SHAPE, params, *packed(*SEGMENTS)), atol=1e-5
+    )
+    assert model.unstack(unrolled, converted) is converted
+
+
+@pytest.fixture(scope="module")
+def gradient(params):
+    def compute(shape):
+        def loss(params):
+            hidden = model.forward(shape, params, *packed(*SEGMENTS), jax.random.key(5))
+            return jnp.sum(jnp.sin(hidden))
+
+        return jax.jit(jax.grad(loss))(params if shape.scan_layers else model.unstack(SHAPE, params))
+
+    return compute
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_recomputation_changes_no_gradient_dropout_included(gradient, scan_layers):
+    shape = dataclasses.replace(WITH_DROPOUT, scan_layers=scan_layers)
+    expected = gradient(shape)
+    for remat in ("dots", "full"):
+        found = gradient(dataclasses.replace(shape, remat=remat))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+
+
+# Cache ----------------------------------------------------------------------------------------------------------------
+
+
+def test_prefill_and_decode_equal_the_forward_pass_for_prompts_of_any_length(params):
+    rng = np.random.default_rng(1)
+    lengths, slots, new = np.array([3, 8, 5]), 8, 5
+    texts = rng.integers(0, 61, (3, slots + new)).astype(np.int32)
+    expected = [
+        np.asarray(forward(SHAPE, params, *packed(row[: n + new].tolist())))[0, n - 1 : n + new]
+        for row, n in zip(texts, lengths, strict=True)
+    ]
+
+    prompts = np.where(np.arange(slots) < lengths[:, None], texts[:, :slots], 44)  # anything behind the prompts
+    layers = model.unstack(SHAPE, params)
+    hidden, cache = jax.jit(model.prefill, static_argnums=(0, 3))(SHAPE, layers, prompts, slots + new)
+    found = [np.asarray(hidden)[np.arange(3), lengths - 1]]
+    decode = jax.jit(model.decode, static_argnums=0)
+    for number in range(new):
+        places = np.arange(slots + new)[None]
+        visible = (places < lengths[:, None]) | ((places >= slots) & (places <= slots + number))
+        tokens = texts[np.arange(3), lengths + number]
+        hidden, cache = decode(SHAPE, layers, tokens, lengths + number, slots + number, visible, cache)
+        found.append(np.asarray(hidden))
+    np.testing.assert_allclose(np.stack(found, axis=1), np.stack(expected), rtol=1e-4, atol=1e-5)
+    assert decode._cache_size() == 1
+
+
+# Dropout --------------------------------------------------------------------------------------------------------------
+
+
+class Probe(nn.Module):
+    rate: float
+
+    @nn.compact
+    def __call__(self, x):
+        return model._dropout(self, x, self.rate)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_mean_and_drops_its_rate(rate):
+    """Also for a width that is no multiple of the four draws in a random word."""
+    kept = np.asarray(Probe(rate).apply({}, jnp.ones((200, 301)), rngs={"dropout": jax.random.key(0)}))
+    dropped = round(rate * 256) / 256
+    assert len(np.unique(kept)) == 2
+    np.testing.assert_allclose(np.unique(kept), [0, 1 / (1 - dropped)], rtol=1e-6)
+    deviation = np.sqrt(dropped / (1 - dropped) / kept.size)
+    assert abs(kept.mean() - 1) < 5 * deviation
+    # Every column is drawn for itself, the odd one at the end included.
+    assert np.all(np.abs((kept == 0).mean(axis=0) - dropped) < 0.18)
+    neighbours = np.corrcoef(kept[:, :-1].ravel(), kept[:, 1:].ravel())[0, 1]
+    assert abs(neighbours) < 0.025
+
+
+@pytest.mark.parametrize("field", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
+def test_each_dropout_acts_with_a_key_and_only_then(params, field):
+    shape = dataclasses.replace(SHAPE, **{field: 0.5})
+    without = np.asarray(forward(SHAPE, params, *packed(*SEGMENTS)))
+    np.testing.assert_array_equal(forward(shape, params, *packed(*SEGMENTS)), without)
+    one, again, other = (np.asarray(forward(shape, params, *packed(*SEGMENTS), jax.random.key(s))) for s in (0, 0, 1))
+    assert np.array_equal(one, again) and np.any(one != other) and np.any(one != without)
+
+
+def test_layers_draw_different_dropout(params):
+    """With residual projections that add 1 to everything, each element's kept count shows both layers' draws."""
+    shape = dataclasses.replace(SHAPE, resid_pdrop=0.5)
+    blocks = jax.tree.map(jnp.zeros_like, params["h"])
+    blocks["attn_c_proj"]["bias"] += 1.0
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            layers = nn.scan(
+                model._TrainBlock,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=2,
+            )
+            return layers(shape, False, name="h")(x, mask)[0]
+
+    sums = Stack().apply(
+        {"params": {"h": blocks}},
+        jnp.zeros((4, 16, 16)),
+        jnp.ones((4, 1, 16, 16), bool),
+        rngs={"dropout": jax.random.key(0)},
+    )
+    assert set(np.unique(sums).tolist()) == {0.0, 2.0, 4.0}  # equal draws would never keep just one
+
+
+# Types and sizes ------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_arithmetic_keeps_float32_parameters_and_gradients(params, gradient):
+    shape = dataclasses.replace(SHAPE, dtype=jnp.dtype("bfloat16"))
+    hidden = forward(shape, params, *packed(*SEGMENTS))
+    assert hidden.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.init(shape, jax.random.key(0)))} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient(shape))} == {jnp.dtype("float32")}
+    exact = np.asarray(forward(SHAPE, params, *packed(*SEGMENTS)))
+    np.testing.assert_allclose(hidden.astype(jnp.float32)[0, :15], exact[0, :15], atol=0.15)
+
+
+def test_fresh_parameters_have_gpt2s_spread():
+    """Normal with the configured deviation, residual projections smaller by √(2 L), norms and biases neutral."""
+    shape = dataclasses.replace(SHAPE, n_embd=64, n_inner=256, n_layer=8, initializer_range=0.02)
+    fresh = jax.jit(model.init, static_argnums=0)(shape, jax.random.key(1))
+    deviations = {name: float(jnp.std(fresh["h"][name]["kernel"])) for name in fresh["h"] if "_c_" in name}
+    expected = {"attn_c_attn": 0.02, "attn_c_proj": 0.005, "mlp_c_fc": 0.02, "mlp_c_proj": 0.005}
+    assert deviations == pytest.approx(expected, rel=0.05)
+    assert float(jnp.std(fresh["wte"]["embedding"])) == pytest.approx(0.02, rel=0.05)
+    assert not np.any(fresh["h"]["attn_c_proj"]["bias"])
+    assert np.all(np.asarray(fresh["h"]["ln_1"]["scale"]) == 1)
+    one, other = fresh["h"]["mlp_c_fc"]["kernel"][:2]
+    assert np.any(one != other), "layers start alike"
+
+
+def test_config_resolves_against_tokenizer_and_backend():
+    settings = config.Model(
+        n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_multiple=64, activation_function="relu"
+    )
+    shape = model.GPT2.from_config(settings, vocab_size=65)
+    assert (shape.vocab_size, shape.padded_vocab_size, shape.n_inner) == (65, 128, 64)
+    assert (shape.dtype, shape.param_dtype) == (jnp.dtype("float32"), jnp.dtype("float32"))
+    assert (shape.activation_function, shape.n_positions) == ("relu", 32)
+    fresh = model.init(shape, jax.random.key(0))
+    assert model.output_embedding(fresh, jnp.bfloat16).shape == (128, 16)
+    exact = model.GPT2.from_config(settings.model_copy(update={"vocab_multiple": 1, "n_inner": 24}), vocab_size=65)
+    assert (exact.padded_vocab_size, exact.n_inner) == (65, 24)
+
+
+@pytest.mark.parametrize("name", sorted(model.ACTIVATIONS))
+def test_every_activation_that_the_configuration_offers_exists_and_is_its_function(name):
+    x = np.linspace(-3, 3, 7)
+    erf = np.array([float(jax.scipy.special.erf(v / np.sqrt(2))) for v in x])
+    expected = {
+        "gelu_new": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        "gelu": 0.5 * x * (1 + erf),
+        "relu": np.maximum(x, 0),
+        "silu": x / (1 + np.exp(-x)),
+        "tanh": np.tanh(x),
+    }[name]
+    np.testing.assert_allclose(model.ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), expected, rtol=1e-5, atol=1e-6)
+    assert config.Model(activation_function=name).activation_function == name  # type: ignore[arg-type]
