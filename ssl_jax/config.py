@@ -142,8 +142,8 @@ class Model(Section):
     resid_pdrop: float = Field(
         default=0.1, ge=0, lt=1, description="Dropout on what a block adds to the residual stream."
     )
-    embd_pdrop: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the embeddings.")
-    attn_pdrop: float = Field(default=0.1, ge=0, lt=1, description="Dropout on attention probabilities.")
+    embd_pdrop: float = Field(default=0.1, ge=0, le=0.99, description="Dropout on the embeddings.")
+    attn_pdrop: float = Field(default=0.1, ge=0, le=0.99, description="Dropout on attention probabilities.")
     initializer_range: float = Field(default=0.02, gt=0, description="Standard deviation of initial weights.")
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the stored parameters.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -181,7 +181,11 @@ class Train(Section):
     steps: int | None = Field(
         default=None, ge=1, description="Optimizer steps; absent: 1000, unless num_train_epochs is given."
     )
-    num_train_epochs: float | None = Field(default=None, gt=0, description="Passes over the labeled dialogues.")
+    num_train_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Length as passes over the labeled dialogues by their own rows; the labeled-only end adds some.",
+    )
     per_device_train_batch_size: int = Field(
         default=16, ge=1, description="Rows of the labeled stream per device and step."
     )
@@ -222,6 +226,9 @@ class Train(Section):
 class Optimizer(Section):
     """AdamW with warm-up, in optax's names."""
 
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: orthogonalized updates for the matrices inside blocks, AdamW for the rest."
+    )
     learning_rate: float = Field(default=1e-3, gt=0, le=10, description="Peak learning rate.")
     warmup_steps: float = Field(
         default=0.05, ge=0, description="Steps of linear warm-up; a number below 1 is a fraction of all steps."

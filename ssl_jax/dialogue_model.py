@@ -123,12 +123,7 @@ class DialogueModel:
         Raises:
           UserError: the model's context leaves no room for a prompt.
         """
-        limit = self.shape.n_positions - settings.max_new_tokens
-        if limit < SMALLEST_PROMPT_BUCKET:
-            raise UserError(
-                f"max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in a context of "
-                f"{self.shape.n_positions} tokens; at most {self.shape.n_positions - SMALLEST_PROMPT_BUCKET}"
-            )
+        limit = self.prompt_limit(settings)
         limit = min(limit, max_prompt_tokens or limit)
         encoded = [self.tokenizer.encode_prompt(prompt, limit) for prompt in prompts]
         options = sampling.Options(
@@ -148,6 +143,20 @@ class DialogueModel:
             if between is not None:
                 between(done)
         return replies
+
+    def prompt_limit(self, settings: config.Sampling) -> int:
+        """Tokens of the longest context that leaves room for a reply; of a longer one the newest tokens are read.
+
+        Raises:
+          UserError: there is no room for a prompt.
+        """
+        limit = self.shape.n_positions - settings.max_new_tokens
+        if limit < SMALLEST_PROMPT_BUCKET:
+            raise UserError(
+                f"max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in a context of "
+                f"{self.shape.n_positions} tokens; at most {self.shape.n_positions - SMALLEST_PROMPT_BUCKET}"
+            )
+        return limit
 
     def score_dialogues(
         self, dialogues: Sequence[EncodedDialogue], *, rows: int = 16, overlap: int | None = None
@@ -235,7 +244,7 @@ def as_prompt(prompt: str | Sequence[Mapping[str, str]]) -> Dialogue:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise UserError("the prompt is empty; say something")
-        return Dialogue((Turn("user", prompt.strip()),))
+        return _readable(Dialogue((Turn("user", prompt.strip()),)))
     dialogue = _from_messages(prompt)
     if dialogue.kind != "prompt":
         raise UserError("the conversation must end in a user turn, so that there is something to answer")
@@ -244,9 +253,20 @@ def as_prompt(prompt: str | Sequence[Mapping[str, str]]) -> Dialogue:
 
 def _from_messages(messages: Sequence[Mapping[str, str]]) -> Dialogue:
     try:
-        return Dialogue.from_messages(messages)
+        dialogue = Dialogue.from_messages(messages)
     except ValueError as error:
         raise UserError(f"messages: {error}") from None
+    return _readable(dialogue)
+
+
+def _readable(dialogue: Dialogue) -> Dialogue:
+    """The dialogue, if every turn can be written as UTF-8: a terminal may hand over any bytes as lone surrogates."""
+    for turn in dialogue.turns:
+        try:
+            turn.content.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text {turn.content[:40]!r} is not valid UTF-8 (character {error.start})") from None
+    return dialogue
 
 
 def _buckets(prompts: Sequence[np.ndarray], batch: int, limit: int) -> Iterator[tuple[int, list[int]]]:

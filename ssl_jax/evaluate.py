@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     from ssl_jax.loop import load_dialogue_model
 
     prepared = prepare(config, say=_say)
+    workdir.check_data(directory, prepared.summary)
     split = f"labeled_{command.split}"
     if split not in prepared.splits:
         known = ", ".join(name.removeprefix("labeled_") for name in prepared.splits if name.startswith("labeled_"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def main(arguments: Sequence[str]) -> None:
     prompts = [as_prompt(text) for text in command.prompt]
     model = load_dialogue_model(Path(command.workdir))
     settings = Sampling.model_validate(command.model_dump(include=set(Sampling.model_fields)))
+    limit = model.prompt_limit(settings)
+    for prompt in prompts:
+        if (tokens := len(model.tokenizer.encode(prompt).tokens) + 1) > limit:
+            print(
+                f"note: a prompt of {tokens} tokens is longer than the {limit} that model.n_positions "
+                f"{model.shape.n_positions} leaves; its newest tokens are read",
+                file=sys.stderr,
+            )
     drawn = model.draw(prompts, settings, num_return_sequences=command.num_return_sequences, seed=command.seed)
     for text, replies in zip(command.prompt, drawn, strict=True):
         if not command.json_lines and len(drawn) > 1:

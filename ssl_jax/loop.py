@@ -309,7 +309,7 @@ class Run:
     def _finish(self, progress: Progress, logbook: Logbook) -> dict[str, Any]:
         """The final evaluation, with the best checkpoint or the last one."""
         best = self.checkpoints.best() if self.config.train.load_best_model_at_end else None
-        chosen = best or self.checkpoints.newest()
+        chosen = self.checkpoints.newest() if best is None else best
         assert chosen is not None
         speaker = load_dialogue_model(self.directory, step_number=chosen, mesh=self.mesh)
         split = TEST if TEST in self.prepared.splits else DEV
@@ -501,14 +501,16 @@ def load_dialogue_model(
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
     if step_number is None:
         best = checkpoints.best() if config.train.load_best_model_at_end else None
-        step_number = best or checkpoints.newest()
+        step_number = checkpoints.newest() if best is None else best
     if step_number is None:
         raise UserError(f"{directory} has no good checkpoint yet; run python -m ssl_jax.train --workdir {directory}")
+    item = "ema" if config.optimizer.ema_decay else "params"
+    if item == "ema":
+        shape = dataclasses.replace(shape, param_dtype=np.dtype(np.float32))
     abstract = jax.eval_shape(functools.partial(model.init, shape), jax.random.key(0))
     if mesh is not None:
         shardings = sharding.shard_params(abstract, mesh)
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
         )
-    item = "ema" if config.optimizer.ema_decay else "params"
     return DialogueModel(shape, checkpoints.restore(step_number, {item: abstract})[item], tokenizer, mesh)

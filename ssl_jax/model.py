@@ -218,7 +218,9 @@ class _Dense(nn.Module):
         kernel = self.param("kernel", initializer, (x.shape[-1], self.features), self.model.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.model.param_dtype)
         dtype = self.model.dtype
-        return x @ kernel.astype(dtype) + bias.astype(dtype)[(None,) * (x.ndim - 1)]
+        # XLA on CPU turns plain matrix products, and only those, into fast calls, also in the backward pass.
+        rows = x.reshape(-1, x.shape[-1]) @ kernel.astype(dtype) + bias.astype(dtype)[None]
+        return rows.reshape(*x.shape[:-1], self.features)
 
 
 class _LayerNorm(nn.Module):

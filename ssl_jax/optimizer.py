@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import optax
+import optax.contrib
 
 from ssl_jax import config
 
@@ -29,21 +30,44 @@ def learning_rate_schedule(settings: config.Optimizer, total_steps: int) -> opta
 
 
 def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) that decays matrices only."""
-    return optax.chain(
-        optax.clip_by_global_norm(settings.max_grad_norm),
-        optax.adamw(
-            learning_rate_schedule(settings, total_steps),
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) that decays matrices only; or Muon.
+
+    Muon (Jordan et al. 2024) orthogonalizes the update of every matrix inside the blocks and leaves embeddings, biases
+    and norms to AdamW. Its updates are scaled to the size of AdamW's (`consistent_rms` 0.2, Liu et al. 2025, arXiv
+    2502.16982), so learning rate and weight decay keep their meaning.
+    """
+    schedule = learning_rate_schedule(settings, total_steps)
+    if settings.name == "adamw":
+        update = optax.adamw(
+            schedule,
             b1=settings.b1,
             b2=settings.b2,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             mask=decay_mask,
-        ),
-    )
+        )
+    else:
+        update = optax.contrib.muon(
+            schedule,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            weight_decay_mask=decay_mask,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            adam_weight_decay=settings.weight_decay,
+            muon_weight_dimension_numbers=_block_matrices,
+            consistent_rms=0.2,
+        )
+    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), update)
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
     """True for kernels and embeddings, False for biases and layer norms, whether or not blocks are stacked."""
     decayed = {"kernel", "embedding"}
     return jax.tree.map_with_path(lambda path, _: path[-1].key in decayed, params)
+
+
+def _block_matrices(params: optax.Params) -> optax.Params:
+    """The `[…, in, out]` kernels for Muon; a leading axis of stacked blocks is a batch of matrices."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return jax.tree.map_with_path(lambda path, _: axes if path[-1].key == "kernel" else None, params)

@@ -97,28 +97,39 @@ def make_plan(config: Config, records: Mapping[str, int], labeled_rows_per_epoch
     train, rounds = config.train, config.pseudo_labels.rounds
     labeled_rows = train.per_device_train_batch_size * row_shards
     unlabeled_rows = round(labeled_rows * train.unlabeled_ratio)
+    no_rounds = "or set --pseudo-labels.rounds []"
     if rounds and not has_prompts:
         raise UserError(
             "pseudo_labels.rounds: the data has no prompts to answer; add a source of prompts to data.unlabeled "
-            "or set --pseudo-labels.rounds []"
+            + no_rounds
         )
-    if rounds and not unlabeled_rows:
+    if train.unlabeled_ratio and not unlabeled_rows:
         raise UserError(
-            "pseudo_labels.rounds: train.unlabeled_ratio 0 leaves no rows for pseudo-labels; raise it or set "
-            "--pseudo-labels.rounds []"
+            f"train.unlabeled_ratio {train.unlabeled_ratio:g} of {labeled_rows} labeled rows rounds to no unlabeled "
+            "rows; raise it or set it to 0"
         )
+    pseudo_rows = 0
+    if rounds:
+        pseudo_rows = round(unlabeled_rows * train.pseudo_label_fraction) if has_raw else unlabeled_rows
+        if not pseudo_rows:
+            raise UserError(
+                f"pseudo_labels.rounds: train.unlabeled_ratio {train.unlabeled_ratio:g} and "
+                f"train.pseudo_label_fraction {train.pseudo_label_fraction:g} leave no rows for pseudo-labels; raise "
+                f"them {no_rounds}"
+            )
     if unlabeled_rows and not has_raw and not rounds:
+        found = "prompts but no raw text" if has_prompts else "no unlabeled dialogues"
+        advice = "set --pseudo-labels.rounds 0.5" if has_prompts else "add a source to data.unlabeled"
         raise UserError(
-            "train.unlabeled_ratio: the data has prompts but no raw text, and pseudo_labels.rounds is empty, so "
-            "nothing unlabeled would be learned; set --pseudo-labels.rounds 0.5 or --train.unlabeled-ratio 0"
+            f"train.unlabeled_ratio is {train.unlabeled_ratio:g}, but the data has {found} to learn from; {advice} "
+            "or set --train.unlabeled-ratio 0"
         )
     rows = labeled_rows + unlabeled_rows
-    for what, divisor in (("devices", row_shards), ("accumulated micro-batches", train.gradient_accumulation_steps)):
-        if rows % divisor:
-            raise UserError(
-                f"train.per_device_train_batch_size and train.unlabeled_ratio give {rows} rows a step, which do not "
-                f"divide over {divisor} {what}"
-            )
+    if rows % row_shards:
+        raise UserError(
+            f"train.per_device_train_batch_size and train.unlabeled_ratio give {rows} rows a step, which do not "
+            f"divide over {row_shards} devices"
+        )
     if rows // row_shards % train.gradient_accumulation_steps:
         raise UserError(
             f"train.gradient_accumulation_steps {train.gradient_accumulation_steps} does not divide the "
@@ -127,16 +138,22 @@ def make_plan(config: Config, records: Mapping[str, int], labeled_rows_per_epoch
     total = train.steps or DEFAULT_STEPS
     if train.num_train_epochs is not None:
         total = max(1, math.ceil(train.num_train_epochs * labeled_rows_per_epoch / labeled_rows))
+    labeled_only_from = total - round(train.labeled_only_fraction * total)
     round_steps = tuple(max(1, round(at * total)) for at in rounds)
-    if len(set(round_steps)) < len(round_steps) or (round_steps and round_steps[-1] >= total):
+    if len(set(round_steps)) < len(round_steps):
         raise UserError(f"pseudo_labels.rounds: {len(rounds)} rounds do not fit into {total} steps")
+    if round_steps and round_steps[-1] >= labeled_only_from:
+        raise UserError(
+            f"pseudo_labels.rounds: the round at step {round_steps[-1]} would teach nothing, since from step "
+            f"{labeled_only_from} on only labeled dialogues are used (train.labeled_only_fraction)"
+        )
     return Plan(
         total_steps=total,
         labeled_rows=labeled_rows,
         unlabeled_rows=unlabeled_rows,
-        pseudo_rows=round(unlabeled_rows * train.pseudo_label_fraction) if has_raw else unlabeled_rows,
+        pseudo_rows=pseudo_rows,
         round_steps=round_steps,
-        labeled_only_from=total - round(train.labeled_only_fraction * total),
+        labeled_only_from=labeled_only_from,
         has_raw=has_raw,
     )
 

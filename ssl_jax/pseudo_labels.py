@@ -21,6 +21,7 @@ import numpy as np
 from ssl_jax import config
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.dialogue_model import DialogueModel, Reply
+from ssl_jax.errors import UserError
 from ssl_jax.metrics import repetition, words
 
 RECORDS_PER_SHARD = 4096
@@ -159,11 +160,21 @@ def read_summary(directory: Path, round_number: int) -> dict[str, Any] | None:
 
 
 def read_round(directory: Path, round_number: int) -> list[Dialogue]:
-    """The pseudo-labeled dialogues of a finished round."""
+    """The pseudo-labeled dialogues of a finished round.
+
+    Raises:
+      UserError: a shard is missing or not what was written.
+    """
     from array_record.python.array_record_module import ArrayRecordReader
 
+    folder = directory / f"round_{round_number}"
+    summary = read_summary(directory, round_number)
+    assert summary is not None, f"{folder} is not finished"
     dialogues = []
-    for shard in sorted((directory / f"round_{round_number}").glob("*.array_record")):
+    for name, expected in summary["sha256"].items():
+        shard = folder / name
+        if not shard.is_file() or hashlib.sha256(shard.read_bytes()).hexdigest() != expected:
+            raise UserError(f"{shard} is damaged; remove {folder} and run the same command to make the round again")
         reader = ArrayRecordReader(str(shard))
         rows = [json.loads(record) for record in reader.read_all()]
         reader.close()
@@ -197,9 +208,13 @@ def _grams(tokens: Sequence[str]) -> list[tuple[str, ...]]:
 def _best_of_buckets(candidates: Sequence[Candidate], settings: config.PseudoLabels) -> list[Candidate]:
     by_length = sorted(range(len(candidates)), key=lambda index: (candidates[index].reply.tokens, index))
     kept: list[int] = []
+    seen = 0
     for bucket in np.array_split(np.array(by_length, int), settings.length_buckets):
         ranked = sorted(bucket.tolist(), key=lambda index: (-candidates[index].score, index))
-        kept += ranked[: round(settings.keep_fraction * len(ranked))]
+        # Rounding what is kept so far, not every bucket, keeps the share right however small the buckets are.
+        quota = round(settings.keep_fraction * (seen + len(ranked))) - round(settings.keep_fraction * seen)
+        kept += ranked[:quota]
+        seen += len(ranked)
     return [candidates[index] for index in sorted(kept)]
 
 

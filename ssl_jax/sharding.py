@@ -91,17 +91,21 @@ def shard_params(abstract_params: Any, mesh: Mesh) -> Any:
 def shard_like_params(tree: Any, param_shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a tree that holds copies of the parameters' structure (optimizer moments) and scalars.
 
-    A leaf whose path ends in a parameter's path gets that parameter's sharding; scalars are replicated.
+    A leaf whose path ends in a parameter's path gets that parameter's sharding; counters and coefficients, which have
+    at most one axis, are replicated.
+
+    Raises:
+      LookupError: a larger leaf corresponds to no parameter.
     """
     by_path = {_path_text(path): sharding for path, sharding in jax.tree.leaves_with_path(param_shardings)}
 
     def place(path, leaf):
-        if leaf.ndim == 0:
-            return NamedSharding(mesh, PartitionSpec())
         text = _path_text(path)
         for name, sharding in by_path.items():
             if text == name or text.endswith("/" + name):
                 return sharding
+        if leaf.ndim < 2:
+            return replicated(mesh)
         raise LookupError(f"no parameter corresponds to state leaf {text!r}")
 
     return jax.tree.map_with_path(place, tree)

@@ -33,7 +33,7 @@ class TrainState:
     Attributes:
       step: int32, steps taken.
       params: the student.
-      ema: exponential moving average of the parameters, or None.
+      ema: exponential moving average of the parameters in float32, or None.
       optimizer_state: optax's.
       skipped: int32, updates in a row that were skipped because loss or gradient was not finite.
     """
@@ -72,7 +72,7 @@ def init_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params) if ema_decay else None,
+        ema=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params) if ema_decay else None,
         optimizer_state=optimizer.init(params),
         skipped=jnp.zeros((), jnp.int32),
     )
@@ -97,7 +97,7 @@ def train_step(
       key: the run's PRNG key; folded with the step here, so a step's randomness is a function of (seed, step).
 
     Returns:
-      The next state, and float32 scalars: `loss` (Σ weight × objective), `loss/<objective>` (mean nats per token),
+      The next state, and scalars: `loss` (Σ weight × objective), `loss/<objective>` (mean nats per token),
       `tokens/<objective>` (sum of loss weights), `weight/<objective>`, `grad_norm`, `lr`, `skipped`. If the loss or
       the gradient is not finite, the state stays as it was but for `step` and `skipped`.
     """
@@ -106,7 +106,7 @@ def train_step(
     factors_BT = objectives.token_weights(batch["stream"], batch["loss_weights"], objective_weights)
     gradients, loss, nll_sums = _gradients(shape, settings, state.params, {**batch, "factors": factors_BT}, key)
 
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -114,7 +114,7 @@ def train_step(
     if state.ema is not None:
         # Young averages follow quickly, so that the first evaluations are not of the initial weights.
         decay = jnp.minimum(settings.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda old, new: (old + (1.0 - decay) * (new - old)).astype(old.dtype), state.ema, params)
+        ema = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), state.ema, params)
 
     def keep_if_finite(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -178,7 +178,7 @@ def _gradients(
         (loss, nll_sums), gradients = gradient_of(params, micro_batch, jax.random.fold_in(key, number))
         return jax.tree.map(jnp.add, carry, (gradients, loss, nll_sums)), None
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
     start = (zeros, jnp.zeros((), jnp.float32), jnp.zeros(len(objectives.NAMES), jnp.float32))
     (gradients, loss, nll_sums), _ = jax.lax.scan(add, start, (micro, jnp.arange(settings.accumulation)))
     return gradients, loss, nll_sums

@@ -6,6 +6,7 @@ same command again goes on where the run stopped.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     from ssl_jax.data.pipeline import prepare
 
     prepared = prepare(config)
+    workdir.claim_data(directory, prepared.summary)
     prepared.tokenizer.save(directory / workdir.TOKENIZER)
 
     from ssl_jax import loop
@@ -49,7 +51,8 @@ def show(summary: dict[str, Any], directory: Path) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     tokens = ", ".join(f"{count:,} {name}" for name, count in summary["tokens_by_stream"].items() if count)
     print(f"\ntokens: {tokens}; checkpoint {summary['checkpoint']} of {summary['steps']}; results in {directory}")
-    print(f"\ntalk to it:\n  python -m ssl_jax.generate --workdir {directory} --prompt 'hi, how are you?'")
+    where = shlex.quote(str(directory))
+    print(f"\ntalk to it:\n  python -m ssl_jax.generate --workdir {where} --prompt 'hi, how are you?'")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ssl_jax.errors import UserError
 CHECKPOINTS = "checkpoints"
 PSEUDO_LABELS = "pseudo_labels"
 TOKENIZER = "tokenizer"
+DATA = "data.json"
 
 # Fields that may differ when a run goes on: where things are, not what they are.
 FREE_FIELDS = ("workdir", "data.prepared_dir", "train.logging_steps", "train.save_total_limit")
@@ -47,6 +49,32 @@ def claim(directory: Path, config: Config) -> None:
         raise UserError(f"{directory}: cannot be written: {error.strerror}; name another --workdir") from None
 
 
+def claim_data(directory: Path, summary: Mapping[str, Any]) -> None:
+    """Writes the prepared data's summary to `data.json`, or checks that the run there has seen the same data.
+
+    Raises:
+      UserError: the data differ from those that the checkpoints were trained on.
+    """
+    if (directory / CHECKPOINTS).is_dir():
+        check_data(directory, summary)
+    else:
+        write_json(directory / DATA, dict(summary))
+
+
+def check_data(directory: Path, summary: Mapping[str, Any]) -> None:
+    """Checks that prepared data are those of the run there, if one has begun: others may mean other things by an id.
+
+    Raises:
+      UserError: they are not.
+    """
+    path = directory / DATA
+    if path.is_file() and read_json(path)["content_hash"] != summary["content_hash"]:
+        raise UserError(
+            f"{directory}: the files that `data` names have changed since the run began; "
+            "restore them, or train in another --workdir"
+        )
+
+
 def read_config(directory: Path) -> Config:
     """The configuration of the run in a work directory.
 
@@ -63,7 +91,12 @@ def read_config(directory: Path) -> Config:
 def read_summary(directory: Path) -> dict[str, Any] | None:
     """The summary of a run that has ended well, or None."""
     path = directory / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -79,8 +79,9 @@ def test_value_and_gradients_equal_the_naive_loss_for_any_shape_and_chunk(
 
 def test_undifferentiated_value_is_the_differentiated_one():
     arrays = problem(2, 9, 4, 7, 8)
+    hidden, embedding, targets, weights = map(jnp.asarray, arrays)
     with mock.patch.object(losses, "CHUNK_TOKENS", 6):
-        loss, nll = losses.weighted_cross_entropy(*map(jnp.asarray, arrays), 7)
+        loss, nll = losses.weighted_cross_entropy(hidden, embedding, targets, weights, 7)
     (expected_loss, expected_nll), _ = fused(7, 6)(*arrays)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     np.testing.assert_allclose(nll, expected_nll, rtol=1e-6)
@@ -97,13 +98,12 @@ def test_padded_vocabulary_gets_no_probability_even_with_huge_embeddings():
 
 
 def test_per_token_losses_carry_no_gradient():
-    arrays = problem(2, 6, 4, 7, 7)
+    hidden, embedding, targets, weights = map(jnp.asarray, problem(2, 6, 4, 7, 7))
 
     def loss(hidden, factor):
-        total, nll = losses.weighted_cross_entropy(hidden, *map(jnp.asarray, arrays[1:]), 7)
+        total, nll = losses.weighted_cross_entropy(hidden, embedding, targets, weights, 7)
         return total + factor * jnp.sum(nll)
 
-    hidden = jnp.asarray(arrays[0])
     with_nll = jax.grad(loss)(hidden, 100.0)
     np.testing.assert_array_equal(with_nll, jax.grad(loss)(hidden, 0.0))
     assert np.any(np.asarray(with_nll))

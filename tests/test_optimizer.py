@@ -1,5 +1,7 @@
 """AdamW by the book, on the schedule that the configuration names, decaying matrices only."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,11 +37,11 @@ def test_updates_equal_adamw_written_out_by_hand():
     # Some gradients are above the clipping norm, some below.
     gradients = [{name: rng.normal(size=v.shape) * size for name, v in params.items()} for size in (3, 0.1, 1, 9, 0.3)]
     schedule = learning_rate_schedule(settings, 5)
-    rates = [float(schedule(jnp.int32(step))) for step in range(5)]
+    rates = [np.asarray(schedule(jnp.int32(step))).item() for step in range(5)]
     expected = numpy_adamw(dict(params), gradients, settings, rates)
 
     optimizer = make_optimizer(settings, 5)
-    ours = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), params)
+    ours: Any = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), params)
     state, update = optimizer.init(ours), jax.jit(optimizer.update)
     for gradient in gradients:
         updates, state = update(jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gradient), state, ours)
@@ -60,7 +62,7 @@ def test_decay_is_for_kernels_and_embeddings_alone_stacked_or_not(scan_layers):
 
 def rates(steps, total, **fields):
     schedule = learning_rate_schedule(Optimizer(learning_rate=1e-2, **fields), total)
-    return [float(schedule(jnp.int32(step))) for step in steps]
+    return [np.asarray(schedule(jnp.int32(step))).item() for step in steps]
 
 
 def test_warm_up_is_linear_and_its_first_step_already_moves():

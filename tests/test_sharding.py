@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from ssl_jax import config, model, sharding
 from ssl_jax.errors import UserError
@@ -103,10 +103,12 @@ def test_optimizer_moments_and_averages_lie_where_their_parameters_lie(scan_laye
     assert adam.mu == params and adam.nu == params and adam.count.is_fully_replicated
 
 
-def test_a_state_leaf_that_belongs_to_no_parameter_is_an_error():
-    params = sharding.shard_params(abstract_params(shape()), mesh(1, 1, 1))
+def test_a_large_state_leaf_that_belongs_to_no_parameter_is_an_error_and_a_small_one_is_replicated():
+    params = sharding.shard_params(abstract_params(shape()), mesh(1, 2, 1))
+    coefficients = sharding.shard_like_params({"extra": jax.ShapeDtypeStruct((3,), "float32")}, params, mesh(1, 2, 1))
+    assert coefficients["extra"].is_fully_replicated
     with pytest.raises(LookupError, match="extra"):
-        sharding.shard_like_params({"extra": jax.ShapeDtypeStruct((3,), "float32")}, params, mesh(1, 1, 1))
+        sharding.shard_like_params({"extra": jax.ShapeDtypeStruct((3, 2), "float32")}, params, mesh(1, 2, 1))
 
 
 def test_rows_are_cut_over_data_and_fsdp_only():
@@ -120,5 +122,5 @@ def test_batch_arrives_on_the_mesh_unchanged():
     placed = sharding.put_batch(batch, real)
     for name, array in batch.items():
         np.testing.assert_array_equal(placed[name], array)
-        assert placed[name].sharding.spec == sharding.BATCH
+        assert placed[name].sharding.is_equivalent_to(NamedSharding(real, sharding.BATCH), array.ndim)
     assert real.axis_names == sharding.AXES

@@ -41,8 +41,8 @@ class PackedStream:
         seed: int,
         context_weight: float = 0.0,
     ):
-        if not len(dialogues):
-            raise ValueError("a stream needs at least one dialogue")
+        if not np.any(np.asarray(lengths) > 1):  # otherwise every epoch is empty, and row 0 is never reached
+            raise ValueError("a stream needs at least one dialogue with a token to predict")
         self._dialogues = dialogues
         self._lengths = np.asarray(lengths)
         self._sequence_length = sequence_length
@@ -53,7 +53,8 @@ class PackedStream:
 
     def rows_in_epoch(self, epoch: int) -> int:
         """Packed rows that one pass over the dialogues takes."""
-        return self._first_rows[epoch + 1] - self._first_rows[epoch] if self._reach_epoch(epoch) else 0
+        self._reach_epoch(epoch)
+        return self._first_rows[epoch + 1] - self._first_rows[epoch]
 
     def fill(self, epoch: int = 0) -> float:
         """Fraction of the places of an epoch's rows that hold tokens."""
@@ -81,11 +82,10 @@ class PackedStream:
         weights[: target_start - start] = 0.0
         return dialogue.tokens[start:stop], weights
 
-    def _reach_epoch(self, epoch: int) -> bool:
+    def _reach_epoch(self, epoch: int) -> None:
         while len(self._first_rows) <= epoch + 1:
             rows = len(self._plan(len(self._first_rows) - 1)[1])
             self._first_rows.append(self._first_rows[-1] + rows)
-        return True
 
     def _make_plan(self, epoch: int) -> tuple[Windows, list[list[int]]]:
         rng = np.random.default_rng((self._seed, epoch))

@@ -1,0 +1,133 @@
+"""`python -m ssl_jax.evaluate`, and the evaluation behind it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+import ssl_jax
+from ssl_jax import evaluate, evaluation, workdir
+from ssl_jax.config import Evaluation, Sampling
+from ssl_jax.data.store import Prepared
+from ssl_jax.dialogue import Dialogue, Turn
+from ssl_jax.dialogue_model import DialogueModel
+from ssl_jax.errors import UserError
+
+LITTLE = ("--recall-examples", "0", "--generated-replies", "0")
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Prepared:
+    (directory,) = [path.parent for path in tiny.finished().parent.glob("prepared/*/summary.json")]
+    return Prepared.open(directory)
+
+
+@pytest.fixture(scope="module")
+def model() -> DialogueModel:
+    return ssl_jax.load(str(tiny.finished()))
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def copy_of_run(folder: Path) -> Path:
+    """A copy to write into; its data stay where they are."""
+    return tiny.copy_of_finished(folder)
+
+
+def test_the_command_repeats_the_evaluation_at_the_end_of_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of_run(tmp_path)
+    before = read(run / "eval_test.json")
+    (run / "eval_test.json").unlink()
+    evaluate.main(["--workdir", str(run)])
+    after = read(run / "eval_test.json")
+    assert after == {name: value for name, value in before.items() if name in after}
+    assert {"split", "metrics", "human", "counts", "dialogues"} <= after.keys()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in after["metrics"]) and str(run / "eval_test.json") in printed
+
+
+def test_another_split_has_a_file_of_its_own(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    test = (run / "eval_test.json").read_bytes()
+    evaluate.main(["--workdir", str(run), "--split", "dev", *LITTLE])
+    assert (run / "eval_test.json").read_bytes() == test
+    dev = read(run / "eval_dev.json")
+    assert dev["split"] == "labeled_dev" and dev["metrics"]["reply_bits_per_byte"] > 0
+    assert dev["counts"] == {"dialogues": len(dev["dialogues"]["id"])}
+
+
+def test_an_unknown_split_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"--split tset: .* it has train, dev, test"):
+        evaluate.main(["--workdir", str(tiny.finished()), "--split", "tset"])
+
+
+def test_data_that_changed_since_the_training_are_refused(tmp_path: Path) -> None:
+    """Another tokenizer would be fitted, and the model would read other texts by the same ids."""
+    run = copy_of_run(tmp_path)
+    data = read(run / "data.json")
+    workdir.write_json(run / "data.json", {**data, "content_hash": "0" * 64})
+    with pytest.raises(UserError, match="have changed since the run began"):
+        evaluate.main(["--workdir", str(run), *LITTLE])
+
+
+def test_the_process_ends_with_code_0(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    process = tiny.run_command("evaluate", "--workdir", str(run), "--split", "dev", *LITTLE)
+    assert process.returncode == 0, process.stderr
+    assert "reply_bits_per_byte" in process.stdout
+
+
+def test_the_quick_evaluation_is_the_full_one_where_it_covers_all(model: DialogueModel, prepared: Prepared) -> None:
+    settings = Evaluation(recall_examples=0, generated_replies=0)
+    quick = evaluation.quick(model, prepared, "labeled_dev", 10_000, rows=8)
+    full = evaluation.full(model, prepared, "labeled_dev", settings, rows=8)["metrics"]
+    assert quick == pytest.approx(full, rel=1e-6)
+
+
+def test_rows_of_a_batch_do_not_change_the_likelihood(model: DialogueModel, prepared: Prepared) -> None:
+    values = [evaluation.quick(model, prepared, "labeled_dev", 5, rows=rows) for rows in (8, 1)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_fewer_test_dialogues_are_the_first_ones(model: DialogueModel, prepared: Prepared) -> None:
+    settings = Evaluation(recall_examples=0, generated_replies=0)
+    full = evaluation.full(model, prepared, "labeled_test", settings, rows=8)["dialogues"]
+    five = settings.model_copy(update={"test_dialogues": 5})
+    some = evaluation.full(model, prepared, "labeled_test", five, rows=8)["dialogues"]
+    assert some["id"] == full["id"][:5]
+    np.testing.assert_allclose(some["nll"], full["nll"][:5], rtol=1e-4)
+
+
+def test_too_few_distinct_replies_leave_out_the_ranking(model: DialogueModel, prepared: Prepared) -> None:
+    settings = Evaluation(test_dialogues=5, recall_examples=5, generated_replies=0)
+    result = evaluation.full(model, prepared, "labeled_test", settings, rows=8)
+    assert "mrr" not in result["metrics"] and "rankings" not in result["counts"]
+
+
+def test_true_replies_are_their_own_human_reference(model: DialogueModel, prepared: Prepared) -> None:
+    settings = Evaluation(recall_examples=0, generated_replies=8, max_prompt_tokens=32,
+                          sampling=Sampling(max_new_tokens=16))  # fmt: skip
+    human = evaluation.full(model, prepared, "labeled_test", settings, rows=8)["human"]
+    assert human["length_ratio"] == 1.0
+
+
+def test_reply_pairs_are_the_answers_to_user_turns() -> None:
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
+    dialogue = Dialogue(tuple(Turn(role, content) for role, content in turns), id="x")  # pyright: ignore[reportArgumentType]
+    pairs = evaluation.reply_pairs(dialogue)
+    assert [(len(context.turns), reply) for context, reply in pairs] == [(2, "b"), (5, "e")]
+
+
+def test_the_choice_of_replies_is_the_same_for_every_run_and_in_order() -> None:
+    chosen = evaluation.choose(1000, 50)
+    assert chosen == evaluation.choose(1000, 50) == sorted(set(chosen)) and len(chosen) == 50
+    assert evaluation.choose(3, 50) == [0, 1, 2]

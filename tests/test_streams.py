@@ -1,0 +1,157 @@
+"""A batch is a function of its step's number: not of the order of access, the processes, or where a run resumed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ssl_jax.data.streams import Batches, PackedStream, Phase
+from ssl_jax.data.tokenizer import EncodedDialogue
+
+LENGTH = 16
+LENGTHS = np.random.default_rng(3).integers(2, 45, 30)  # some dialogues need several windows
+
+
+def dialogues(offset=0):
+    """Token i of dialogue d is 1000 d + i (+ offset), so that a token says where it comes from."""
+    rng = np.random.default_rng(4)
+    return [
+        EncodedDialogue(
+            id=str(number),
+            tokens=(offset + 1000 * number + np.arange(length)).astype(np.int32),
+            loss_mask=(rng.random(length) < 0.5).astype(np.uint8),
+            reply_bytes=1,
+        )
+        for number, length in enumerate(LENGTHS)
+    ]
+
+
+def stream(seed=0, offset=0, **options):
+    return PackedStream(dialogues(offset), LENGTHS, sequence_length=LENGTH, seed=seed, **options)
+
+
+def rows_equal(one, other):
+    return all(np.array_equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
+
+
+def epoch_rows(packed, epoch):
+    first = sum(packed.rows_in_epoch(number) for number in range(epoch))
+    return [packed[first + number] for number in range(packed.rows_in_epoch(epoch))]
+
+
+def test_a_row_is_the_same_whatever_was_read_before():
+    in_order = stream()
+    expected = [in_order[number] for number in range(150)]
+    assert in_order.epoch_of(149) >= 2, "the test spans epochs"
+    shuffled = stream()
+    for number in np.random.default_rng(0).permutation(150).tolist():
+        assert rows_equal(shuffled[number], expected[number])
+    assert rows_equal(stream()[149], expected[149])
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_an_epoch_predicts_every_token_but_the_first_of_each_dialogue_once(epoch):
+    rows = epoch_rows(stream(context_weight=1.0), epoch)
+    predicted = np.concatenate([row["targets"][row["loss_weights"] > 0] for row in rows])
+    expected = np.concatenate([dialogue.tokens[1:] for dialogue in dialogues()])
+    assert sorted(predicted.tolist()) == sorted(expected.tolist())
+    for row in rows:
+        real = row["segment_ids"] > 0
+        assert np.array_equal(row["targets"][real], row["tokens"][real] + 1), "a target is the next token"
+
+
+def test_loss_weights_are_the_mask_and_the_context_weight_elsewhere():
+    mask = {int(token): on for dialogue in dialogues() for token, on in zip(*_columns(dialogue), strict=True)}
+    for row in epoch_rows(stream(context_weight=0.25), 0):
+        real = row["segment_ids"] > 0
+        expected = [1.0 if mask[token] else 0.25 for token in row["targets"][real].tolist()]
+        np.testing.assert_allclose(row["loss_weights"][real], expected)
+        assert not row["loss_weights"][~real].any()
+
+
+def _columns(dialogue):
+    return dialogue.tokens, dialogue.loss_mask
+
+
+def test_epochs_and_seeds_cut_and_shuffle_differently():
+    first, second = epoch_rows(stream(), 0), epoch_rows(stream(), 1)
+    other_seed = epoch_rows(stream(seed=1), 0)
+    for one, other in ((first, second), (first, other_seed)):
+        # A dialogue that fills a row by itself may come back as the same row, at another place.
+        shared = {row["tokens"].tobytes() for row in one} & {row["tokens"].tobytes() for row in other}
+        assert len(shared) < len(one) / 4
+        assert not any(map(rows_equal, one[:10], other[:10]))
+    # Long dialogues are cut at other places, not only moved.
+    starts = [{int(t) for row in rows for t in row["tokens"][row["positions"] == 0]} for rows in (first, second)]
+    assert starts[0] != starts[1]
+
+
+def test_rows_of_an_epoch_are_counted_and_found():
+    packed = stream()
+    counts = [packed.rows_in_epoch(epoch) for epoch in range(3)]
+    edges = np.cumsum([0, *counts])
+    assert [stream().epoch_of(int(row)) for row in edges] == [0, 1, 2, 3]
+    assert [stream().epoch_of(int(row) - 1) for row in edges[1:]] == [0, 1, 2]
+    rows = epoch_rows(packed, 0)
+    filled = np.mean([row["segment_ids"] > 0 for row in rows])
+    assert packed.fill() == pytest.approx(float(filled)) and filled > 0.9
+
+
+@pytest.mark.parametrize("lengths", [[], [1, 1]])
+def test_dialogues_that_predict_nothing_are_refused_instead_of_searched_forever(lengths):
+    encoded = [EncodedDialogue(str(n), np.array([5], np.int32), np.array([0], np.uint8), 0) for n in lengths]
+    with pytest.raises(ValueError, match="stream needs"):
+        PackedStream(encoded, np.array(lengths, int), sequence_length=8, seed=0)
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+PHASE = Phase(start=10, stop=17, rows=(("labeled", 4), ("raw", 8)), first_row={"labeled": 40, "raw": 3})
+STREAM_IDS = {"labeled": 0, "raw": 1}
+
+
+def batches(phase=PHASE, **processes):
+    streams = {"labeled": stream(), "raw": stream(seed=0, offset=500_000)}
+    return Batches(phase, streams, STREAM_IDS, sequence_length=LENGTH, **processes)
+
+
+def test_a_batch_holds_the_next_rows_of_every_stream_in_order():
+    labeled, raw = stream(), stream(offset=500_000)
+    batch = batches()[2]
+    expected = [labeled[40 + 2 * 4 + i] for i in range(4)] + [raw[3 + 2 * 8 + i] for i in range(8)]
+    for place, row in enumerate(expected):
+        assert rows_equal({name: batch[name][place] for name in row}, row)
+    assert batch["stream"].tolist() == [0] * 4 + [1] * 8
+    assert batch["stream"].dtype == np.int32
+    assert len(batches()) == 7
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_slices_of_all_processes_make_the_same_global_batch(process_count):
+    whole = batches()
+    parts = [batches(process_index=i, process_count=process_count) for i in range(process_count)]
+    for index in (0, 6):
+        joined = {name: np.concatenate([part[index][name] for part in parts]) for name in whole[index]}
+        assert rows_equal(joined, whole[index])
+
+
+def test_rows_that_do_not_divide_over_processes_are_an_error():
+    with pytest.raises(ValueError, match="12 rows do not divide over 5 processes"):
+        batches(process_count=5)
+
+
+@pytest.mark.parametrize("step", [11, 14, 16])
+def test_a_run_resumed_at_any_step_reads_the_identical_rest(step):
+    whole, done = batches(), step - PHASE.start
+    first_row = {name: PHASE.first_row[name] + count * done for name, count in PHASE.rows}
+    rest = batches(dataclasses.replace(PHASE, start=step, first_row=first_row))
+    assert len(rest) == len(whole) - done
+    assert all(rows_equal(rest[index], whole[done + index]) for index in range(len(rest)))
+
+
+@pytest.mark.parametrize("prefetch", [1, 4])
+def test_reading_ahead_gives_the_batches_in_order_and_ends(prefetch):
+    source = batches()
+    read = list(source.read(prefetch=prefetch))
+    assert len(read) == len(source)
+    assert all(rows_equal(batch, source[index]) for index, batch in enumerate(read))
