@@ -34,6 +34,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     0 done, 2 the user can fix it, 3 diverged, 75 preempted, 1 a bug. Only a bug shows a traceback.
     """
+    # A scheduler's SIGTERM ends whatever has no better way to end as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 0
     try:
         main(sys.argv[1:])

@@ -40,7 +40,8 @@ class Signals:
 
         def remember(number: int, _: Any) -> None:
             self.received = signal.Signals(number).name
-            signal.signal(number, previous[number])
+            for either, handler in previous.items():
+                signal.signal(either, handler)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, remember)
@@ -59,11 +60,13 @@ class Progress:
       tokens: tokens fed so far, by stream.
       seconds: wall time of the run so far.
       best: lowest dev reply_bits_per_byte and its step.
+      unlogged: metrics of the steps since the last line of metrics, so that a mean does not depend on interruptions.
     """
 
     tokens: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(objectives.STREAM_IDS, 0))
     seconds: float = 0.0
     best: tuple[float, int] | None = None
+    unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def to_meta(self) -> dict[str, Any]:
         """As JSON values."""
@@ -73,7 +76,7 @@ class Progress:
     def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
         """Back from JSON values."""
         best = meta["best"]
-        return cls(dict(meta["tokens"]), meta["seconds"], (best[0], best[1]) if best else None)
+        return cls(dict(meta["tokens"]), meta["seconds"], (best[0], best[1]) if best else None, meta["unlogged"])
 
 
 class Run:
@@ -184,7 +187,7 @@ class Run:
             process_count=jax.process_count(),
         )
         logbook.phase("train", ", ".join(f"{count} {name}" for name, count in phase.rows) + " rows a step")
-        train, window = self.config.train, _Window()
+        train, window = self.config.train, _Window(progress.unlogged)
         late: tuple[int, step.Metrics, dict[str, int]] | None = None
         for number, batch in enumerate(batches.read(), start=phase.start):
             fed = _tokens_by_stream(batch)
@@ -196,13 +199,14 @@ class Run:
             late = (number + 1, metrics, fed)
             done = number + 1
             evaluates, saves = done % train.eval_steps == 0, done % train.save_steps == 0
-            if evaluates or saves or self.signals.received or done == phase.stop:
+            stops = self.signals.received is not None
+            if evaluates or saves or stops or done == phase.stop:
                 self._record(late, window, progress, logbook)
                 late = None
                 metric = self._evaluate(done, state, progress, logbook) if evaluates else None
-                if evaluates or saves or self.signals.received:
+                if evaluates or saves or stops:
                     self._save(state, progress, logbook, metric)
-                self._stop_if_asked(done)
+                    self._stop_if_asked(done)
                 window.restart()
         return state
 
@@ -269,40 +273,33 @@ class Run:
         self.checkpoints.save(int(state.step), items, meta, metric=metric)
 
     def _hold_round(self, number: int, at: int, state: step.TrainState, progress: Progress, logbook: Logbook) -> None:
-        """Holds a pseudo-labeling round, unless it is there already."""
+        """Holds the pseudo-labeling round before step `at + 1`, unless an earlier process did, and logs it."""
         directory = self.directory / workdir.PSEUDO_LABELS
-        if pseudo_labels.read_summary(directory, number) is not None:
-            return
-        self._save(state, progress, logbook)
-        settings = self.config.pseudo_labels
-        population = len(self.prepared.lengths("prompt_train"))
-        chosen = pseudo_labels.choose_prompts(population, settings, number, self.config.seed)
-        teacher = self._speaker(state) if settings.teacher == "ema" else self._dialogue_model(state.params)
-        logbook.phase("pseudo-label", f"round {number}, {len(chosen)} prompts")
-        started = time.monotonic()
-        summary = pseudo_labels.make_round(
-            directory,
-            number,
-            teacher,
-            [self.prepared.dialogue("prompt_train", index) for index in chosen],
-            settings,
-            seed=self.config.seed,
-            step=at,
-            batch_size=settings.batch_size * sharding.row_shards(self.mesh),
-            between=lambda _: self._stop_if_asked(at),
-        )
-        seconds = time.monotonic() - started
-        logbook.metrics(
-            at,
-            {
-                "pseudo/round": number,
-                "pseudo/generated": summary["generated"],
-                "pseudo/accepted": summary["accepted"],
-                "pseudo/accept_rate": summary["accept_rate"],
-                "pseudo/tokens_per_sec": summary["generated_tokens"] / seconds,
-                "pseudo/seconds": seconds,
-            },
-        )
+        summary, timing = pseudo_labels.read_summary(directory, number), {}
+        if summary is None:
+            self._save(state, progress, logbook)
+            settings = self.config.pseudo_labels
+            population = len(self.prepared.lengths("prompt_train"))
+            chosen = pseudo_labels.choose_prompts(population, settings, number, self.config.seed)
+            logbook.phase("pseudo-label", f"round {number}, {len(chosen)} prompts")
+            started = time.monotonic()
+            summary = pseudo_labels.make_round(
+                directory,
+                number,
+                self._speaker(state) if settings.teacher == "ema" else self._dialogue_model(state.params),
+                [self.prepared.dialogue("prompt_train", index) for index in chosen],
+                settings,
+                seed=self.config.seed,
+                step=at,
+                batch_size=settings.batch_size * sharding.row_shards(self.mesh),
+                between=lambda _: self._stop_if_asked(at),
+            )
+            seconds = time.monotonic() - started
+            timing = {"pseudo/seconds": seconds, "pseudo/tokens_per_sec": summary["generated_tokens"] / seconds}
+        counts = {f"pseudo/{name}": summary[name] for name in ("round", "generated", "accepted", "accept_rate")}
+        # A line of step n is dropped when a run resumes before n. The round's line is for the step that follows it, so
+        # it is there exactly once, however often the round is come by.
+        logbook.metrics(at + 1, {**counts, **timing})
         if not summary["accepted"]:
             logbook.say(f"round {number}: every reply was rejected ({summary['removed']}); its rows go to other data")
 
@@ -325,11 +322,7 @@ class Run:
                 speaker, self.prepared, split, self.config.evaluation, rows=self.eval_rows, say=say
             )
             result = {"split": split, "checkpoint": chosen, **result}
-            name = split.removeprefix("labeled_")
-            workdir.write_json(self.directory / f"eval_{name}.json", result)
-            logbook.metrics(
-                self.plan.total_steps, {f"eval/{name}_{key}": value for key, value in result["metrics"].items()}
-            )
+            workdir.write_json(self.directory / f"eval_{split.removeprefix('labeled_')}.json", result)
         summary = {
             "exit": 0,
             "steps": self.plan.total_steps,
@@ -444,8 +437,11 @@ class Run:
 class _Window:
     """Means over the steps since the last line of metrics."""
 
-    def __init__(self) -> None:
-        self.clear()
+    def __init__(self, rows: list[dict[str, float]]) -> None:
+        """Goes on with `rows`, which a checkpoint saves; the rate covers this window's own steps."""
+        self._rows = rows
+        self._tokens = 0
+        self._seconds = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -475,7 +471,7 @@ class _Window:
         return self._tokens / self._seconds if self._seconds > 0 else 0.0
 
     def clear(self) -> None:
-        self._rows: list[dict[str, float]] = []
+        self._rows.clear()
         self._tokens = 0
         self._seconds = 0.0
 
@@ -496,14 +492,17 @@ def load_dialogue_model(
     from ssl_jax.data.tokenizer import DialogueTokenizer
 
     config = workdir.read_config(directory)
-    tokenizer = DialogueTokenizer.load(directory / workdir.TOKENIZER)
-    shape = model.GPT2.from_config(config.model, tokenizer.vocab_size)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
     if step_number is None:
         best = checkpoints.best() if config.train.load_best_model_at_end else None
         step_number = checkpoints.newest() if best is None else best
     if step_number is None:
-        raise UserError(f"{directory} has no good checkpoint yet; run python -m ssl_jax.train --workdir {directory}")
+        raise UserError(
+            f"{directory} has no good checkpoint yet; run python -m ssl_jax.train --config {directory}/config.yaml "
+            f"--workdir {directory}"
+        )
+    tokenizer = DialogueTokenizer.load(directory / workdir.TOKENIZER)
+    shape = model.GPT2.from_config(config.model, tokenizer.vocab_size)
     item = "ema" if config.optimizer.ema_decay else "params"
     if item == "ema":
         shape = dataclasses.replace(shape, param_dtype=np.dtype(np.float32))

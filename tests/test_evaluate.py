@@ -23,8 +23,8 @@ LITTLE = ("--recall-examples", "0", "--generated-replies", "0")
 
 @pytest.fixture(scope="module")
 def prepared() -> Prepared:
-    (directory,) = [path.parent for path in tiny.finished().parent.glob("prepared/*/summary.json")]
-    return Prepared.open(directory)
+    content_hash = read(tiny.finished() / "data.json")["content_hash"]
+    return Prepared.open(tiny.finished().parent / "prepared" / content_hash[:16])
 
 
 @pytest.fixture(scope="module")
