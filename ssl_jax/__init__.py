@@ -18,6 +18,6 @@ def load(directory: str) -> DialogueModel:
     """
     from pathlib import Path
 
-    from ssl_jax.loop import load_dialogue_model
+    from ssl_jax import dialogue_model
 
-    return load_dialogue_model(Path(directory))
+    return dialogue_model.load(Path(directory))

@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ssl_jax import config, model, sampling, sharding, step
+from ssl_jax import config, model, sampling, sharding, step, workdir
+from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.data.packing import assemble, cut_windows, pack, stack
 from ssl_jax.data.tokenizer import DialogueTokenizer, EncodedDialogue
 from ssl_jax.dialogue import Dialogue, Turn
@@ -175,25 +177,20 @@ class DialogueModel:
         windows = cut_windows(lengths, length, overlap=length // 4 if overlap is None else overlap)
         packed = pack(windows.sizes, length)
         totals = np.zeros(len(dialogues), np.float64)
+
+        def window(index: int) -> tuple[np.ndarray, np.ndarray]:
+            dialogue = dialogues[windows.record[index]]
+            return windows.take(index, dialogue.tokens, dialogue.loss_mask)
+
         for first in range(0, len(packed), rows):
             group = packed[first : first + rows]
-            batch = stack([self._window_row(dialogues, windows, row, length) for row in group], rows, length)
+            batch = stack([assemble([window(index) for index in row], length) for row in group], rows, length)
             nll = np.asarray(_score(self.shape, self.params, self._place(batch)), np.float64) * batch["loss_weights"]
             for row, members in enumerate(group):
                 for segment, index in enumerate(members, start=1):
                     in_segment = batch["segment_ids"][row] == segment
                     totals[windows.record[index]] += nll[row][in_segment].sum()
         return totals
-
-    def _window_row(self, dialogues, windows, members, length):
-        pieces = []
-        for index in members:
-            dialogue = dialogues[windows.record[index]]
-            start, target_start, stop = windows.start[index], windows.target_start[index], windows.stop[index]
-            weights = dialogue.loss_mask[start:stop].astype(np.float32)
-            weights[: target_start - start] = 0.0
-            pieces.append((dialogue.tokens[start:stop], weights))
-        return assemble(pieces, length)
 
     def _draw_batch(self, options, prompts, numbers, bucket, seed) -> sampling.Replies:
         places = _power_of_two(max(len(prompts), 1 if self.mesh is None else sharding.row_shards(self.mesh)))
@@ -219,6 +216,36 @@ class DialogueModel:
 
     def _place(self, batch):
         return batch if self.mesh is None else sharding.put_batch(batch, self.mesh)
+
+
+def load(directory: Path, *, step_number: int | None = None, mesh: jax.sharding.Mesh | None = None) -> DialogueModel:
+    """The model of a work directory: its best checkpoint where the run has one, else its newest good one.
+
+    Raises:
+      UserError: no work directory, or no checkpoint in it that verifies.
+    """
+    settings = workdir.read_config(directory)
+    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
+    if step_number is None:
+        best = checkpoints.best() if settings.train.load_best_model_at_end else None
+        step_number = checkpoints.newest() if best is None else best
+    if step_number is None:
+        raise UserError(
+            f"{directory} has no good checkpoint yet; run python -m ssl_jax.train --config {directory}/config.yaml "
+            f"--workdir {directory}"
+        )
+    tokenizer = DialogueTokenizer.load(directory / workdir.TOKENIZER)
+    shape = model.GPT2.from_config(settings.model, tokenizer.vocab_size)
+    item = "ema" if settings.optimizer.ema_decay else "params"
+    if item == "ema":
+        shape = dataclasses.replace(shape, param_dtype=np.dtype(np.float32))
+    abstract = jax.eval_shape(functools.partial(model.init, shape), jax.random.key(0))
+    if mesh is not None:
+        shardings = sharding.shard_params(abstract, mesh)
+        abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
+        )
+    return DialogueModel(shape, checkpoints.restore(step_number, {item: abstract})[item], tokenizer, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -36,9 +36,8 @@ def main(arguments: Sequence[str]) -> None:
     asked = command.model_dump(include={"recall_examples", "generated_replies"}, exclude_none=True)
     settings = config.evaluation.model_copy(update=asked)
 
-    from ssl_jax import evaluation
+    from ssl_jax import dialogue_model, evaluation
     from ssl_jax.data.pipeline import prepare
-    from ssl_jax.loop import load_dialogue_model
 
     prepared = prepare(config, say=_say)
     workdir.check_data(directory, prepared.summary)
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     if split not in prepared.splits:
         known = ", ".join(name.removeprefix("labeled_") for name in prepared.splits if name.startswith("labeled_"))
         raise UserError(f"--split {command.split}: the data has no such split; it has {known}")
-    model = load_dialogue_model(directory)
+    model = dialogue_model.load(directory)
     rows = config.train.per_device_eval_batch_size
     result = {"split": split, **evaluation.full(model, prepared, split, settings, rows=rows, say=_say)}
     path = directory / f"eval_{command.split}.json"

@@ -32,11 +32,10 @@ def main(arguments: Sequence[str]) -> None:
     if not command.prompt:
         raise UserError("--prompt needs a text")
 
-    from ssl_jax.dialogue_model import as_prompt
-    from ssl_jax.loop import load_dialogue_model
+    from ssl_jax import dialogue_model
 
-    prompts = [as_prompt(text) for text in command.prompt]
-    model = load_dialogue_model(Path(command.workdir))
+    prompts = [dialogue_model.as_prompt(text) for text in command.prompt]
+    model = dialogue_model.load(Path(command.workdir))
     settings = Sampling.model_validate(command.model_dump(include=set(Sampling.model_fields)))
     limit = model.prompt_limit(settings)
     for prompt in prompts:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,76 +12,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssl_jax import evaluation, model, objectives, plan, pseudo_labels, sharding, step, workdir
+from ssl_jax import dialogue_model, evaluation, model, objectives, plan, pseudo_labels, sharding, step, workdir
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Config
 from ssl_jax.data.store import Prepared
 from ssl_jax.data.streams import Batches, PackedStream, Phase
 from ssl_jax.dialogue_model import DialogueModel, as_prompt
-from ssl_jax.errors import Preempted, TrainingDiverged, UserError
+from ssl_jax.errors import Preempted, TrainingDiverged
 from ssl_jax.logbook import Logbook
 from ssl_jax.optimizer import learning_rate_schedule, make_optimizer
+from ssl_jax.progress import Progress, Window
+from ssl_jax.signals import Signals
 
 DEV, TEST = "labeled_dev", "labeled_test"
-
-
-class Signals:
-    """Remembers a SIGTERM or SIGINT until the loop asks; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[Signals]:
-        """Replaces the handlers of both signals while the context is open."""
-        previous = {}
-
-        def remember(number: int, _: Any) -> None:
-            self.received = signal.Signals(number).name
-            for either, handler in previous.items():
-                signal.signal(either, handler)
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, remember)
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-@dataclasses.dataclass
-class Progress:
-    """What a run knows besides its state: counted on the host, saved with every checkpoint.
-
-    Attributes:
-      tokens: tokens fed so far, by stream.
-      seconds: wall time of the run so far.
-      best: lowest dev reply_bits_per_byte and its step.
-      unlogged: metrics of the steps since the last line of metrics, so that a mean does not depend on interruptions.
-    """
-
-    tokens: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(objectives.STREAM_IDS, 0))
-    seconds: float = 0.0
-    best: tuple[float, int] | None = None
-    unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
-
-    def to_meta(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
-        """Back from JSON values."""
-        best = meta["best"]
-        return cls(dict(meta["tokens"]), meta["seconds"], (best[0], best[1]) if best else None, meta["unlogged"])
 
 
 class Run:
     """One training run in a work directory; `train` takes it from wherever it stands to its end."""
 
     def __init__(self, config: Config, prepared: Prepared, directory: Path, signals: Signals):
-        """Makes the plan and the compiled functions; touches neither data nor files.
+        """Makes the plan and the compiled functions; touches no file of the work directory.
 
         Raises:
           UserError: mesh, batch, data and configuration do not fit together.
@@ -187,7 +135,7 @@ class Run:
             process_count=jax.process_count(),
         )
         logbook.phase("train", ", ".join(f"{count} {name}" for name, count in phase.rows) + " rows a step")
-        train, window = self.config.train, _Window(progress.unlogged)
+        train, window = self.config.train, Window(progress.unlogged)
         late: tuple[int, step.Metrics, dict[str, int]] | None = None
         for number, batch in enumerate(batches.read(), start=phase.start):
             fed = _tokens_by_stream(batch)
@@ -211,7 +159,7 @@ class Run:
         return state
 
     def _record(
-        self, late: tuple[int, step.Metrics, dict[str, int]], window: _Window, progress: Progress, logbook: Logbook
+        self, late: tuple[int, step.Metrics, dict[str, int]], window: Window, progress: Progress, logbook: Logbook
     ) -> None:
         number, device_metrics, fed = late
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
@@ -308,7 +256,7 @@ class Run:
         best = self.checkpoints.best() if self.config.train.load_best_model_at_end else None
         chosen = self.checkpoints.newest() if best is None else best
         assert chosen is not None
-        speaker = load_dialogue_model(self.directory, step_number=chosen, mesh=self.mesh)
+        speaker = dialogue_model.load(self.directory, step_number=chosen, mesh=self.mesh)
         split = TEST if TEST in self.prepared.splits else DEV
         logbook.phase("evaluate", f"{split}, checkpoint {chosen}")
 
@@ -434,82 +382,6 @@ class Run:
         )
 
 
-class _Window:
-    """Means over the steps since the last line of metrics."""
-
-    def __init__(self, rows: list[dict[str, float]]) -> None:
-        """Goes on with `rows`, which a checkpoint saves; the rate covers this window's own steps."""
-        self._rows = rows
-        self._tokens = 0
-        self._seconds = 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets the time that passed between steps (an evaluation, a save)."""
-        self._since = time.monotonic()
-
-    def add(self, metrics: Mapping[str, float], tokens: int) -> None:
-        now = time.monotonic()
-        self._rows.append(dict(metrics))
-        self._tokens += tokens
-        self._seconds += now - self._since
-        self._since = now
-
-    def means(self) -> dict[str, float]:
-        """Mean loss, and per objective the mean over its tokens; the newest learning rate and gradient norm."""
-        newest = self._rows[-1]
-        values = {"loss": float(np.mean([row["loss"] for row in self._rows]))}
-        for name in objectives.NAMES:
-            counts = np.array([row[f"tokens/{name}"] for row in self._rows])
-            if counts.sum() > 0:
-                losses = np.array([row[f"loss/{name}"] for row in self._rows])
-                values[f"loss/{name}"] = float((losses * counts).sum() / counts.sum())
-                values[f"weight/{name}"] = newest[f"weight/{name}"]
-        return {**values, "lr": newest["lr"], "grad_norm": newest["grad_norm"]}
-
-    def tokens_per_second(self) -> float:
-        return self._tokens / self._seconds if self._seconds > 0 else 0.0
-
-    def clear(self) -> None:
-        self._rows.clear()
-        self._tokens = 0
-        self._seconds = 0.0
-
-
 def _tokens_by_stream(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
     counts = (batch["segment_ids"] > 0).sum(axis=1)
     return {name: int(counts[batch["stream"] == number].sum()) for name, number in objectives.STREAM_IDS.items()}
-
-
-def load_dialogue_model(
-    directory: Path, *, step_number: int | None = None, mesh: jax.sharding.Mesh | None = None
-) -> DialogueModel:
-    """The model of a work directory: its best checkpoint where the run has one, else its newest good one.
-
-    Raises:
-      UserError: no work directory, or no checkpoint in it that verifies.
-    """
-    from ssl_jax.data.tokenizer import DialogueTokenizer
-
-    config = workdir.read_config(directory)
-    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
-    if step_number is None:
-        best = checkpoints.best() if config.train.load_best_model_at_end else None
-        step_number = checkpoints.newest() if best is None else best
-    if step_number is None:
-        raise UserError(
-            f"{directory} has no good checkpoint yet; run python -m ssl_jax.train --config {directory}/config.yaml "
-            f"--workdir {directory}"
-        )
-    tokenizer = DialogueTokenizer.load(directory / workdir.TOKENIZER)
-    shape = model.GPT2.from_config(config.model, tokenizer.vocab_size)
-    item = "ema" if config.optimizer.ema_decay else "params"
-    if item == "ema":
-        shape = dataclasses.replace(shape, param_dtype=np.dtype(np.float32))
-    abstract = jax.eval_shape(functools.partial(model.init, shape), jax.random.key(0))
-    if mesh is not None:
-        shardings = sharding.shard_params(abstract, mesh)
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
-        )
-    return DialogueModel(shape, checkpoints.restore(step_number, {item: abstract})[item], tokenizer, mesh)

@@ -32,8 +32,9 @@ def main(arguments: Sequence[str]) -> None:
     prepared.tokenizer.save(directory / workdir.TOKENIZER)
 
     from ssl_jax import loop
+    from ssl_jax.signals import Signals
 
-    with loop.Signals().listen() as signals:
+    with Signals().listen() as signals:
         summary = loop.Run(config, prepared, directory, signals).train()
     show(summary, directory)
 

@@ -19,6 +19,7 @@ from ssl_jax import command_line, loop, pseudo_labels, train
 from ssl_jax.config import Config
 from ssl_jax.data.pipeline import prepare
 from ssl_jax.errors import UserError
+from ssl_jax.signals import Signals
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def test_epochs_instead_of_steps(tmp_path: Path) -> None:
     def steps(epochs: str) -> int:
         arguments = ["--config", str(config), "--train.num-train-epochs", epochs]
         settings = command_line.parse(Config, arguments, program="train", summary="")
-        return loop.Run(settings, prepare(settings), tmp_path / "run", loop.Signals()).plan.total_steps
+        return loop.Run(settings, prepare(settings), tmp_path / "run", Signals()).plan.total_steps
 
     one, ten = steps("1"), steps("10")
     assert one > 1 and ten in range(10 * one - 9, 10 * one + 1)

@@ -40,6 +40,12 @@ class Windows:
     def __len__(self) -> int:
         return len(self.record)
 
+    def take(self, index: int, tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A window's share of its dialogue's `tokens` and loss `weights`; what is context only has weight 0."""
+        start, target_start, stop = self.start[index], self.target_start[index], self.stop[index]
+        is_target = np.arange(start, stop) >= target_start
+        return tokens[start:stop], weights[start:stop] * is_target
+
 
 def cut_windows(
     lengths: np.ndarray, sequence_length: int, *, overlap: int = 0, first: np.ndarray | None = None

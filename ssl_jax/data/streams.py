@@ -77,10 +77,8 @@ class PackedStream:
 
     def _piece(self, windows: Windows, index: int) -> tuple[np.ndarray, np.ndarray]:
         dialogue = self._dialogues[int(windows.record[index])]
-        start, target_start, stop = windows.start[index], windows.target_start[index], windows.stop[index]
-        weights = np.where(dialogue.loss_mask[start:stop] > 0, 1.0, self._context_weight)
-        weights[: target_start - start] = 0.0
-        return dialogue.tokens[start:stop], weights
+        weights = np.where(dialogue.loss_mask > 0, 1.0, self._context_weight)
+        return windows.take(index, dialogue.tokens, weights)
 
     def _reach_epoch(self, epoch: int) -> None:
         while len(self._first_rows) <= epoch + 1:
