@@ -227,7 +227,8 @@ class Optimizer(Section):
     """AdamW with warm-up, in optax's names."""
 
     name: Literal["adamw", "muon"] = Field(
-        default="adamw", description="muon: orthogonalized updates for the matrices inside blocks, AdamW for the rest."
+        default="adamw",
+        description="Update rule; muon: orthogonalized updates for matrices inside blocks, AdamW for the rest.",
     )
     learning_rate: float = Field(default=1e-3, gt=0, le=10, description="Peak learning rate.")
     warmup_steps: float = Field(

@@ -65,7 +65,9 @@ def full(
     pairs_by_dialogue = [reply_pairs(prepared.dialogue(split, index)) for index in range(count)]
     last = [pairs[-1] for pairs in pairs_by_dialogue if pairs]
     examples = min(settings.recall_examples, len(last))
-    if examples and len({reply for _, reply in last}) >= CANDIDATES:
+    if examples and len({reply for _, reply in last}) < CANDIDATES:
+        say(f"fewer than {CANDIDATES} distinct replies: no ranking")
+    elif examples:
         say(f"ranking {CANDIDATES} replies to {examples} contexts")
         result["metrics"] |= rank(model, last, examples, settings.max_prompt_tokens, rows=rows)
         result["counts"]["rankings"] = examples

@@ -62,10 +62,16 @@ def test_a_misspelled_file_suggests_the_one_beside_it(refused: Refused, config: 
         (["--train.sequence-length", "65"], r"train\.sequence_length 65 exceeds model\.n_positions 64"),
         (["--pseudo-labels.rounds", "0.5", "0.25"], r"pseudo_labels.*increasing fractions"),
         (["--pseudo-labels.rounds", "0.5", "0.51"], r"pseudo_labels\.rounds: 2 rounds do not fit into 12 steps"),
-        (["--train.gradient-accumulation-steps", "4"], r"6 rows a step, which do not divide over 4"),
+        (
+            ["--train.gradient-accumulation-steps", "4"],
+            r"gradient_accumulation_steps 4 does not divide the 6 rows of each device",
+        ),
         (["--mesh.tensor", "2"], r"mesh"),
         (["--mesh.data", "3"], r"mesh"),
-        (["--train.unlabeled-ratio", "0"], r"train\.unlabeled_ratio 0 leaves no rows.*--pseudo-labels\.rounds \[\]"),
+        (
+            ["--train.unlabeled-ratio", "0"],
+            r"train\.unlabeled_ratio 0 and .* leave no rows.*--pseudo-labels\.rounds \[\]",
+        ),
         (["--tokenizer.vocab-size", "10"], r"--tokenizer\.vocab.size: .*300"),
         (["--seed=1", "train.steps", "3"], r"unexpected argument 'train\.steps'"),
     ],
@@ -115,7 +121,8 @@ def test_prompts_that_no_round_answers(refused: Refused, config: Path) -> None:
     rewrite(
         config, data={"unlabeled": [{"path": str(config.with_name("prompts.jsonl"))}]}, pseudo_labels={"rounds": []}
     )
-    assert "nothing unlabeled would be learned" in refused(train.main, "--config", str(config))
+    message = refused(train.main, "--config", str(config))
+    assert "prompts but no raw text to learn from; set --pseudo-labels.rounds 0.5" in message
 
 
 def test_too_many_malformed_rows_name_the_first_and_where_all_are(refused: Refused, config: Path) -> None:
