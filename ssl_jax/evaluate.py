@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ssl_jax import command_line, workdir
+from ssl_jax import command_line, files, workdir
 from ssl_jax.config import Section
 from ssl_jax.errors import UserError
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     rows = config.train.per_device_eval_batch_size
     result = {"split": split, **evaluation.full(model, prepared, split, settings, rows=rows, say=_say)}
     path = directory / f"eval_{command.split}.json"
-    workdir.write_json(path, result)
+    files.write_json(path, result)
     for name, value in result["metrics"].items():
         human = result.get("human", {}).get(name)
         print(f"{name:<20} {value:9.4f}" + (f"   human {human:.4f}" if human is not None else ""))

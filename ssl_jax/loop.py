@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssl_jax import dialogue_model, evaluation, model, objectives, plan, pseudo_labels, sharding, step, workdir
+from ssl_jax import dialogue_model, evaluation, files, model, objectives, plan, pseudo_labels, sharding, step, workdir
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Config
 from ssl_jax.data.store import Prepared
@@ -270,7 +270,7 @@ class Run:
                 speaker, self.prepared, split, self.config.evaluation, rows=self.eval_rows, say=say
             )
             result = {"split": split, "checkpoint": chosen, **result}
-            workdir.write_json(self.directory / f"eval_{split.removeprefix('labeled_')}.json", result)
+            files.write_json(self.directory / f"eval_{split.removeprefix('labeled_')}.json", result)
         summary = {
             "exit": 0,
             "steps": self.plan.total_steps,
@@ -286,7 +286,7 @@ class Run:
             "evaluation": result.get("metrics", {}),
             "human": result.get("human", {}),
         }
-        workdir.write_json(self.directory / "summary.json", summary)
+        files.write_json(self.directory / "summary.json", summary)
         return summary
 
     def _stop_if_asked(self, number: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import config
+from ssl_jax import config, files
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.dialogue_model import DialogueModel, Reply
 from ssl_jax.errors import UserError
@@ -156,7 +156,7 @@ def make_round(
 def read_summary(directory: Path, round_number: int) -> dict[str, Any] | None:
     """The summary of a finished round, or None if there is none."""
     path = directory / f"round_{round_number}" / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return files.read_json(path) if path.is_file() else None
 
 
 def read_round(directory: Path, round_number: int) -> list[Dialogue]:
@@ -240,6 +240,5 @@ def _write(directory: Path, accepted: Sequence[Candidate], summary: dict[str, An
             writer.write(json.dumps(row, ensure_ascii=False).encode())
         writer.close()
         hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    text = json.dumps({**summary, "sha256": hashes}, indent=2, ensure_ascii=False)
-    (temporary / "summary.json").write_text(text + "\n", encoding="utf-8")
+    files.write_json(temporary / "summary.json", {**summary, "sha256": hashes})
     temporary.rename(directory)

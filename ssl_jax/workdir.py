@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ssl_jax import files
 from ssl_jax.command_line import read_yaml, validate
 from ssl_jax.config import Config
 from ssl_jax.errors import UserError
@@ -44,7 +43,7 @@ def claim(directory: Path, config: Config) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_text(path, text)
+        files.write_text(path, text)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {error.strerror}; name another --workdir") from None
 
@@ -58,7 +57,7 @@ def claim_data(directory: Path, summary: Mapping[str, Any]) -> None:
     if (directory / CHECKPOINTS).is_dir():
         check_data(directory, summary)
     else:
-        write_json(directory / DATA, dict(summary))
+        files.write_json(directory / DATA, dict(summary))
 
 
 def check_data(directory: Path, summary: Mapping[str, Any]) -> None:
@@ -68,7 +67,7 @@ def check_data(directory: Path, summary: Mapping[str, Any]) -> None:
       UserError: they are not.
     """
     path = directory / DATA
-    if path.is_file() and read_json(path)["content_hash"] != summary["content_hash"]:
+    if path.is_file() and files.read_json(path)["content_hash"] != summary["content_hash"]:
         raise UserError(
             f"{directory}: the files that `data` names have changed since the run began; "
             "restore them, or train in another --workdir"
@@ -91,27 +90,7 @@ def read_config(directory: Path) -> Config:
 def read_summary(directory: Path) -> dict[str, Any] | None:
     """The summary of a run that has ended well, or None."""
     path = directory / "summary.json"
-    return read_json(path) if path.is_file() else None
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON; the file is the old one or the new one, never half of it."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    return files.read_json(path) if path.is_file() else None
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

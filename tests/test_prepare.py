@@ -292,3 +292,13 @@ def test_packaged_data_set_is_prepared_with_its_own_split(tmp_path, monkeypatch)
     train = set(ids(prepared, "labeled_train")) | set(ids(prepared, "raw_train"))
     assert train == {conversation.id for conversation in split.train}
     assert 0 < len(ids(prepared, "prompt_train")) <= len(split.fragments)
+
+
+def test_the_prepared_folder_shows_the_summary_of_the_last_request(workspace):
+    """Scripts read `<prepared_dir>/summary.json`; a found data set is shown just as a built one."""
+    first, second, again = (workspace.prepare(test_size=size).directory for size in (0.2, 0.3, 0.2))
+    assert first == again != second
+    shown = workspace.folder / "prepared"
+    assert (shown / "summary.json").read_bytes() == (first / "summary.json").read_bytes()
+    assert (shown / "summary.json").read_bytes() != (second / "summary.json").read_bytes()
+    assert (shown / "rejected.jsonl").read_text() == ""

@@ -1,7 +1,8 @@
 """From a configuration to a prepared directory: read, check, clean, split, fit the tokenizer, encode, store.
 
 The directory's name is a hash of everything that decides its content, so an equal request finds it and a changed
-source makes another one.
+source makes another one. `data.prepared_dir` holds these directories, and copies of the `summary.json` and the
+`rejected.jsonl` of the request that came last, where people and scripts look for them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssl_jax import files
 from ssl_jax.config import Config, Source
 from ssl_jax.data import chitchat, formats, splits, store
 from ssl_jax.data.clean import STEPS, Counts, clean, drop_duplicates, text_hash
@@ -47,6 +49,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     else:
         prepared = _build(config, sources, directory, content_hash, say)
         say(f"prepared data: {directory}")
+    for name in ("summary.json", "rejected.jsonl"):
+        files.write_text(directory.parent / name, (directory / name).read_text(encoding="utf-8"))
     if config.train.unlabeled_ratio > 0 and not set(prepared.splits).intersection(store.UNLABELED_SPLITS):
         raise UserError(
             "data.unlabeled: no unlabeled dialogues, but train.unlabeled_ratio is "
@@ -241,13 +245,13 @@ def _short_names(files: Sequence[Path]) -> dict[Path, str]:
 
 
 def _check_rejected(config: Config, gathered: _Gathered, directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Stops when too many rows are malformed, leaving the list of them beside the prepared directory."""
+    """Stops when too many rows are malformed, leaving the list of them in `data.prepared_dir`."""
     total = len(rows) + sum(gathered.accepted.values())
     if not rows or len(rows) <= config.data.max_rejected_fraction * total:
         return
-    path = directory.with_name(f"{directory.name}.rejected.jsonl")
+    path = directory.with_name("rejected.jsonl")
     store.make_folder(path.parent)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     reasons = collections.Counter(row.reason for row in gathered.rejected).most_common()
     first = gathered.rejected[0]
     raise UserError(
