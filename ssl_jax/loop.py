@@ -60,7 +60,7 @@ class Run:
             ema_decay=config.optimizer.ema_decay,
         )
         init_state = functools.partial(step.init_state, self.shape, self.optimizer, config.optimizer.ema_decay)
-        self._key = jax.random.key(config.seed)
+        self._key = jax.device_put(jax.random.key(config.seed), sharding.replicated(self.mesh))
         self._abstract_state = self._abstract(init_state)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_state)
         self.init_state = jax.jit(init_state, out_shardings=shardings)

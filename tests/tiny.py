@@ -192,10 +192,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a child process to its end."""
+def run_command(name: str, *arguments: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a child process, on so many virtual devices, to its end."""
+    variables = {**environment(), "JAX_NUM_CPU_DEVICES": str(devices)}
     return subprocess.run(
-        command(name, *arguments), env=environment(), capture_output=True, text=True, timeout=300, check=False
+        command(name, *arguments), env=variables, capture_output=True, text=True, timeout=300, check=False
     )
 
 
