@@ -169,6 +169,12 @@ class Model(Section):
         return values
 
     @model_validator(mode="after")
+    def _from_scratch(self) -> Model:
+        if self.init_from is not None:
+            raise ValueError("init_from: pretrained weights cannot be read yet; leave it out to train from scratch")
+        return self
+
+    @model_validator(mode="after")
     def _heads_divide(self) -> Model:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
