@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import ssl_jax
-from ssl_jax import evaluate, evaluation, workdir
+from ssl_jax import evaluate, evaluation, files
 from ssl_jax.config import Evaluation, Sampling
 from ssl_jax.data.store import Prepared
 from ssl_jax.dialogue import Dialogue, Turn
@@ -74,7 +74,7 @@ def test_data_that_changed_since_the_training_are_refused(tmp_path: Path) -> Non
     """Another tokenizer would be fitted, and the model would read other texts by the same ids."""
     run = copy_of_run(tmp_path)
     data = read(run / "data.json")
-    workdir.write_json(run / "data.json", {**data, "content_hash": "0" * 64})
+    files.write_json(run / "data.json", {**data, "content_hash": "0" * 64})
     with pytest.raises(UserError, match="have changed since the run began"):
         evaluate.main(["--workdir", str(run), *LITTLE])
 
