@@ -6,15 +6,16 @@ baselines.json`, writes `benchmarks/results/quickstart.json` and the table betwe
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from provenance import provenance
 from pydantic import Field
 
-from ssl_jax import command_line, metrics
+from ssl_jax import command_line, files, metrics
 from ssl_jax.config import Section
 from ssl_jax.errors import UserError
 
@@ -45,18 +46,19 @@ def main(arguments: Sequence[str]) -> None:
     nll = {name: run["eval"]["dialogues"]["nll"] for name, run in runs.items()}
     num_bytes = runs["floor"]["eval"]["dialogues"]["bytes"]
     gap = metrics.gap_closed(nll["floor"], nll["method"], nll["oracle"], num_bytes)
-    gain = metrics.paired_bootstrap(nll["floor"], num_bytes, nll["method"], num_bytes)
-    baselines = json.loads(Path(options.baselines).read_text(encoding="utf-8"))["rows"]
+    bits = {name: np.array(values) / math.log(2) for name, values in nll.items()}
+    gain = metrics.paired_bootstrap(bits["floor"], num_bytes, bits["method"], num_bytes)
+    baselines = files.read_json(Path(options.baselines))["rows"]
     table = _table(runs, baselines, gap)
     result = {
         **provenance(),
         "runs": {name: run["summary"] for name, run in runs.items()},
-        "gain_bits_per_byte": [value / 0.6931471805599453 for value in (gain.value, gain.low, gain.high)],
+        "gain_bits_per_byte": [gain.value, gain.low, gain.high],
         "gap_closed": None if gap.fraction is None else [gap.fraction.value, gap.fraction.low, gap.fraction.high],
         "oracle_gap_bits_per_byte": [gap.oracle_gap.value, gap.oracle_gap.low, gap.oracle_gap.high],
         "table": table,
     }
-    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    files.write_json(Path(options.output), result)
     _replace(Path(options.readme), table)
     print(table)
 
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
 def _read_run(directory: Path) -> dict[str, Any]:
     try:
         return {
-            name: json.loads((directory / file).read_text(encoding="utf-8"))
+            name: files.read_json(directory / file)
             for name, file in (("summary", "summary.json"), ("eval", "eval_test.json"))
         }
     except FileNotFoundError as error:
@@ -131,7 +133,7 @@ def _replace(readme: Path, table: str) -> None:
         raise UserError(f"{readme}: the markers {BEGIN} and {END} are missing")
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    files.write_text(readme, f"{before}{BEGIN}\n{table}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ class Model(Section):
     )
     layer_norm_epsilon: float = Field(default=1e-5, gt=0, description="Added to the variance in layer norms.")
     resid_pdrop: float = Field(
-        default=0.1, ge=0, lt=1, description="Dropout on what a block adds to the residual stream."
+        default=0.1, ge=0, le=0.99, description="Dropout on what a block adds to the residual stream."
     )
     embd_pdrop: float = Field(default=0.1, ge=0, le=0.99, description="Dropout on the embeddings.")
     attn_pdrop: float = Field(default=0.1, ge=0, le=0.99, description="Dropout on attention probabilities.")

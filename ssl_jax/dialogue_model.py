@@ -180,7 +180,8 @@ class DialogueModel:
 
         def window(index: int) -> tuple[np.ndarray, np.ndarray]:
             dialogue = dialogues[windows.record[index]]
-            return windows.take(index, dialogue.tokens, dialogue.loss_mask)
+            span, may_predict = windows.span(index)
+            return dialogue.tokens[span], dialogue.loss_mask[span] * may_predict
 
         for first in range(0, len(packed), rows):
             group = packed[first : first + rows]
@@ -227,8 +228,7 @@ def load(directory: Path, *, step_number: int | None = None, mesh: jax.sharding.
     settings = workdir.read_config(directory)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
     if step_number is None:
-        best = checkpoints.best() if settings.train.load_best_model_at_end else None
-        step_number = checkpoints.newest() if best is None else best
+        step_number = served_step(checkpoints, settings.train)
     if step_number is None:
         raise UserError(
             f"{directory} has no good checkpoint yet; run python -m ssl_jax.train --config {directory}/config.yaml "
@@ -241,11 +241,14 @@ def load(directory: Path, *, step_number: int | None = None, mesh: jax.sharding.
         shape = dataclasses.replace(shape, param_dtype=np.dtype(np.float32))
     abstract = jax.eval_shape(functools.partial(model.init, shape), jax.random.key(0))
     if mesh is not None:
-        shardings = sharding.shard_params(abstract, mesh)
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
-        )
+        abstract = sharding.place(abstract, sharding.shard_params(abstract, mesh))
     return DialogueModel(shape, checkpoints.restore(step_number, {item: abstract})[item], tokenizer, mesh)
+
+
+def served_step(checkpoints: Checkpoints, settings: config.Train) -> int | None:
+    """The verified step that is evaluated and that answers: the best one if so configured, else the newest."""
+    best = checkpoints.best() if settings.load_best_model_at_end else None
+    return checkpoints.newest() if best is None else best
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

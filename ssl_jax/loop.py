@@ -211,14 +211,8 @@ class Run:
 
     def _save(self, state: step.TrainState, progress: Progress, logbook: Logbook, metric: float | None = None) -> None:
         progress.seconds = logbook.elapsed()
-        items = {
-            "params": state.params,
-            "optimizer": {"step": state.step, "skipped": state.skipped, "state": state.optimizer_state},
-        }
-        if state.ema is not None:
-            items["ema"] = state.ema
         meta = {**progress.to_meta(), "scan_layers": self.shape.scan_layers, "seed": self.config.seed}
-        self.checkpoints.save(int(state.step), items, meta, metric=metric)
+        self.checkpoints.save(int(state.step), _checkpoint_items(state), meta, metric=metric)
 
     def _hold_round(self, number: int, at: int, state: step.TrainState, progress: Progress, logbook: Logbook) -> None:
         """Holds the pseudo-labeling round before step `at + 1`, unless an earlier process did, and logs it."""
@@ -253,8 +247,7 @@ class Run:
 
     def _finish(self, progress: Progress, logbook: Logbook) -> dict[str, Any]:
         """The final evaluation, with the best checkpoint or the last one."""
-        best = self.checkpoints.best() if self.config.train.load_best_model_at_end else None
-        chosen = self.checkpoints.newest() if best is None else best
+        chosen = dialogue_model.served_step(self.checkpoints, self.config.train)
         assert chosen is not None
         speaker = dialogue_model.load(self.directory, step_number=chosen, mesh=self.mesh)
         split = TEST if TEST in self.prepared.splits else DEV
@@ -337,20 +330,10 @@ class Run:
         """The state's shapes and shardings."""
         abstract = jax.eval_shape(init_state, self._key)
         params = sharding.shard_params(abstract.params, self.mesh)
-        shardings = sharding.shard_like_params(abstract, params, self.mesh)
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
-        )
+        return sharding.place(abstract, sharding.shard_like_params(abstract, params, self.mesh))
 
     def _restore(self, number: int) -> tuple[step.TrainState, Progress]:
-        abstract = self._abstract_state
-        items = {
-            "params": abstract.params,
-            "optimizer": {"step": abstract.step, "skipped": abstract.skipped, "state": abstract.optimizer_state},
-        }
-        if abstract.ema is not None:
-            items["ema"] = abstract.ema
-        restored = self.checkpoints.restore(number, items)
+        restored = self.checkpoints.restore(number, _checkpoint_items(self._abstract_state))
         counters = restored["optimizer"]
         state = step.TrainState(
             step=counters["step"],
@@ -380,6 +363,13 @@ class Run:
                 ("packing", ", ".join(f"{name} {s.fill():.1%} full" for name, s in self.streams.items())),
             ],
         )
+
+
+def _checkpoint_items(state: step.TrainState) -> dict[str, Any]:
+    """A state, or its shapes, as the items of a checkpoint: what answers can be read without the optimizer's part."""
+    counters = {"step": state.step, "skipped": state.skipped, "state": state.optimizer_state}
+    averaged = {} if state.ema is None else {"ema": state.ema}
+    return {"params": state.params, "optimizer": counters, **averaged}
 
 
 def _tokens_by_stream(batch: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -111,6 +111,13 @@ def shard_like_params(tree: Any, param_shardings: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(place, tree)
 
 
+def place(abstract: Any, shardings: Any) -> Any:
+    """Shapes and types with their shardings, `jax.ShapeDtypeStruct` leaves, as a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+
+
 def _path_text(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 

@@ -40,11 +40,10 @@ class Windows:
     def __len__(self) -> int:
         return len(self.record)
 
-    def take(self, index: int, tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A window's share of its dialogue's `tokens` and loss `weights`; what is context only has weight 0."""
-        start, target_start, stop = self.start[index], self.target_start[index], self.stop[index]
-        is_target = np.arange(start, stop) >= target_start
-        return tokens[start:stop], weights[start:stop] * is_target
+    def span(self, index: int) -> tuple[slice, np.ndarray]:
+        """A window's part of its dialogue's tokens, and which of those it may predict: the rest is context only."""
+        start, stop = self.start[index], self.stop[index]
+        return slice(start, stop), np.arange(start, stop) >= self.target_start[index]
 
 
 def cut_windows(

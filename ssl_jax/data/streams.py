@@ -77,8 +77,9 @@ class PackedStream:
 
     def _piece(self, windows: Windows, index: int) -> tuple[np.ndarray, np.ndarray]:
         dialogue = self._dialogues[int(windows.record[index])]
-        weights = np.where(dialogue.loss_mask > 0, 1.0, self._context_weight)
-        return windows.take(index, dialogue.tokens, weights)
+        span, may_predict = windows.span(index)
+        weights = np.where(dialogue.loss_mask[span] > 0, 1.0, self._context_weight)
+        return dialogue.tokens[span], weights * may_predict
 
     def _reach_epoch(self, epoch: int) -> None:
         while len(self._first_rows) <= epoch + 1:
