@@ -8,6 +8,7 @@ validated once, together. Help and suggestions are read off the same class.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import shutil
 import signal
@@ -36,6 +37,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """
     # A scheduler's SIGTERM ends whatever has no better way to end as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.addLevelName(logging.WARNING, "warning")
     code = 0
     try:
         main(sys.argv[1:])
@@ -199,6 +202,8 @@ def _read_words(name: str, words: list[str], annotation: Any) -> Any:
         # Groups can only be written as YAML. A text in brackets is a text.
         is_yaml = _group(element) is not None or (element is not str and words[:1] and words[0].startswith("["))
         return _load_yaml(" ".join(words), origin=f"--{name}") if is_yaml and words else words
+    if any(get_origin(member) is dict for member in _members(annotation)) and words:
+        return _load_yaml(" ".join(words), origin=f"--{name}")
     if not words and bool in _members(annotation):
         return True
     if len(words) != 1:
@@ -286,6 +291,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(_type_name, members))
     if get_origin(annotation) is Literal:
         return "{" + ",".join(map(str, get_args(annotation))) + "}"
+    if get_origin(annotation) is dict:
+        return "YAML"
     if (element := _element(annotation)) is not None:
         return "YAML" if _group(element) else f"{_type_name(element)} ..."
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -1,7 +1,7 @@
 """The ways a command can end other than well, each with the exit code that scripts rely on."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can fix: a flag, a field, a file or the data. The message names the thing and the fix."""
 
     exit_code = 2

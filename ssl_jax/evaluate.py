@@ -1,23 +1,45 @@
-"""Computes all metrics of a trained model: `python -m ssl_jax.evaluate --workdir DIR [--split test]`."""
+"""Computes all metrics of a model on held-out dialogues.
+
+`python -m ssl_jax.evaluate --workdir DIR [--split test]` evaluates a run on its own data and writes
+`DIR/eval_<split>.json`. With `--model DIR_OR_HUB_NAME` a Hugging Face GPT-2 is evaluated instead, on the data of that
+run or on files of labeled dialogues (`--data FILE`).
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ssl_jax import command_line, files, workdir
-from ssl_jax.config import Section
+from ssl_jax.config import Data, Evaluation, Section, Source, TemplateName, Train
 from ssl_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ssl_jax.dialogue import Dialogue
 
 
 class Evaluate(Section):
     """What to evaluate."""
 
-    workdir: str = Field(description="Work directory of a run.")
+    workdir: str | None = Field(default=None, description="Work directory of a run: its model and its data.")
+    model: str | None = Field(
+        default=None, description="Instead of the run's model: a Hugging Face GPT-2, a directory or a hub name."
+    )
+    template: TemplateName | Literal["auto"] = Field(
+        default="auto",
+        description="How a Hugging Face model reads dialogues; auto: its chat template, else as text.",
+    )
+    data: str | None = Field(
+        default=None, description="Instead of the run's data: files of labeled dialogues, a path or a glob."
+    )
     split: str = Field(default="test", description="Labeled split: test, dev, train, or another that the data has.")
+    output: str | None = Field(
+        default=None, description="Where the result goes; absent: eval_<split>.json of the work directory."
+    )
     recall_examples: int | None = Field(
         default=None, ge=0, description="Contexts to rank; absent: as the run's config says."
     )
@@ -25,35 +47,81 @@ class Evaluate(Section):
         default=None, ge=0, description="Replies to draw; absent: as the run's config says."
     )
 
+    @model_validator(mode="after")
+    def _something_on_something(self) -> Evaluate:
+        if self.workdir is None and self.model is None:
+            raise ValueError("give --workdir DIR, or --model DIR_OR_HUB_NAME with --data FILE")
+        if self.workdir is None and self.data is None:
+            raise ValueError("--model needs dialogues: --data FILE, or --workdir DIR for those of a run")
+        return self
+
 
 def main(arguments: Sequence[str]) -> None:
-    """Loads the run's model and data, evaluates, prints and writes `eval_<split>.json`."""
+    """Loads model and data, evaluates, prints and writes the result."""
     command = command_line.parse(
         Evaluate, arguments, program="python -m ssl_jax.evaluate", summary=(__doc__ or "").strip()
     )
-    directory = Path(command.workdir)
-    config = workdir.read_config(directory)
+    run = None if command.workdir is None else workdir.read_config(Path(command.workdir))
     asked = command.model_dump(include={"recall_examples", "generated_replies"}, exclude_none=True)
-    settings = config.evaluation.model_copy(update=asked)
+    settings = (Evaluation() if run is None else run.evaluation).model_copy(update=asked)
 
-    from ssl_jax import dialogue_model, evaluation
+    from ssl_jax import evaluation, loading
+
+    dialogues = _from_files(command.data) if command.data else _from_run(Path(command.workdir or ""), command.split)
+    model = loading.load_named(None if command.model else command.workdir, command.model, command.template)
+    result = {
+        "split": command.data or f"labeled_{command.split}",
+        "model": command.model or command.workdir,
+        **evaluation.full(
+            model,
+            list(model.tokenizer.encode_all(dialogues)),
+            lambda index: dialogues[index][0],
+            settings,
+            rows=(Train() if run is None else run.train).per_device_eval_batch_size,
+            say=_say,
+        ),
+    }
+    for metric, value in result["metrics"].items():
+        human = result.get("human", {}).get(metric)
+        print(f"{metric:<20} {value:9.4f}" + (f"   human {human:.4f}" if human is not None else ""))
+    for what, count in result["counts"].items():
+        print(f"{what.replace('_', ' '):<28} {count}")
+    path = command.output
+    if path is None and command.model is None and command.data is None:
+        path = f"{command.workdir}/eval_{command.split}.json"
+    if path is not None:
+        files.write_json(Path(path), result)
+        print(f"written to {path}")
+
+
+def _from_run(directory: Path, split: str) -> list[tuple[Dialogue, int]]:
+    """A split of a run's data: dialogues, and the bytes of their replies before cleaning."""
+    from ssl_jax import pretrained
     from ssl_jax.data.pipeline import prepare
 
-    prepared = prepare(config, say=_say)
+    prepared = prepare(pretrained.resolve(workdir.read_config(directory)), say=_say)
     workdir.check_data(directory, prepared.summary)
-    split = f"labeled_{command.split}"
-    if split not in prepared.splits:
+    name = f"labeled_{split}"
+    if name not in prepared.splits:
         known = ", ".join(name.removeprefix("labeled_") for name in prepared.splits if name.startswith("labeled_"))
-        raise UserError(f"--split {command.split}: the data has no such split; it has {known}")
-    model = dialogue_model.load(directory)
-    rows = config.train.per_device_eval_batch_size
-    result = {"split": split, **evaluation.full(model, prepared, split, settings, rows=rows, say=_say)}
-    path = directory / f"eval_{command.split}.json"
-    files.write_json(path, result)
-    for name, value in result["metrics"].items():
-        human = result.get("human", {}).get(name)
-        print(f"{name:<20} {value:9.4f}" + (f"   human {human:.4f}" if human is not None else ""))
-    print(f"written to {path}")
+        raise UserError(f"--split {split}: the data has no such split; it has {known}")
+    encoded = prepared.encoded(name)
+    return [(prepared.dialogue(name, index), encoded[index].reply_bytes) for index in range(len(encoded))]
+
+
+def _from_files(path: str) -> list[tuple[Dialogue, int]]:
+    """Labeled dialogues of files, cleaned as for training, and the bytes of their replies before cleaning."""
+    from ssl_jax.data import clean, formats
+    from ssl_jax.data.tokenizer import count_reply_bytes
+
+    rows = list(formats.read(Source(path=path), "labeled", Data().max_turn_bytes))
+    good = [(row, count_reply_bytes(row)) for row in rows if not isinstance(row, formats.Rejected)]
+    bad = [row for row in rows if isinstance(row, formats.Rejected)]
+    if bad:
+        _say(f"{len(bad)} of {len(rows)} rows are malformed; first: {bad[0].file}:{bad[0].line}: {bad[0].reason}")
+    if not good:
+        raise UserError(f"--data {path}: no labeled dialogue; a row has messages that end in an assistant turn")
+    return list(clean.clean(good, clean.Counts()))
 
 
 def _say(text: str) -> None:

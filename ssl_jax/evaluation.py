@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ssl_jax import config, metrics
-from ssl_jax.data.store import Prepared
 from ssl_jax.data.tokenizer import EncodedDialogue
 from ssl_jax.dialogue import Dialogue
 from ssl_jax.dialogue_model import DialogueModel
@@ -20,49 +19,69 @@ CANDIDATES = 20
 EXAMPLE_SEED = 20
 
 
-def quick(model: DialogueModel, prepared: Prepared, split: str, count: int, *, rows: int) -> dict[str, float]:
-    """`reply_bits_per_byte` and `reply_nll` (nats per target token) of some dialogues of a split.
+def quick(
+    model: DialogueModel, encoded: Sequence[EncodedDialogue], lengths: np.ndarray, count: int, *, rows: int
+) -> dict[str, float]:
+    """`reply_bits_per_byte` and `reply_nll` (nats per target token) of some dialogues.
 
     They are the first `count` that fit into four contexts: a single endless dialogue must not decide which checkpoint
     is the best.
+
+    Args:
+      model: what is evaluated.
+      encoded: random access to the dialogues.
+      lengths: their tokens, int `[N]`.
+      count: how many are scored.
+      rows: rows of a batch.
     """
-    encoded, limit = prepared.encoded(split), 4 * model.shape.n_positions
-    fitting = [index for index, length in enumerate(prepared.lengths(split)) if length <= limit]
+    limit = 4 * model.shape.n_positions
+    fitting = [index for index, length in enumerate(lengths) if length <= limit]
     dialogues = [encoded[index] for index in fitting[:count] or range(min(count, len(encoded)))]
     return _likelihood(model.score_dialogues(dialogues, rows=rows, overlap=0), dialogues)
 
 
 def full(
     model: DialogueModel,
-    prepared: Prepared,
-    split: str,
+    encoded: Sequence[EncodedDialogue],
+    text_of: Callable[[int], Dialogue],
     settings: config.Evaluation,
     *,
     rows: int,
     say: Progress = lambda text: None,
 ) -> dict[str, Any]:
-    """All metrics of a split.
+    """All metrics of a set of dialogues.
+
+    Args:
+      model: what is evaluated.
+      encoded: the dialogues in the model's tokens.
+      text_of: the text of dialogue number i.
+      settings: how much is evaluated.
+      rows: rows of a batch.
+      say: called with a line of progress.
 
     Returns:
       `metrics`: by the names of the interface. `human`: the same statistics of the true replies. `counts`: how many
-      dialogues, replies and rankings stand behind them. `dialogues`: per-dialogue `id`, `nll`, `bytes`, for paired
-      comparisons between runs.
+      dialogues, replies and rankings stand behind them, how many dialogues were read through a sliding window because
+      they are longer than the context, and how many contexts lost their oldest turns before a reply. `dialogues`:
+      per-dialogue `id`, `nll`, `bytes`, for paired comparisons between runs.
     """
-    encoded = prepared.encoded(split)
     count = min(len(encoded), settings.test_dialogues or len(encoded))
     dialogues = [encoded[index] for index in range(count)]
     say(f"likelihood of {count} dialogues")
     nll = model.score_dialogues(dialogues, rows=rows)
     result: dict[str, Any] = {
         "metrics": _likelihood(nll, dialogues),
-        "counts": {"dialogues": count},
+        "counts": {
+            "dialogues": count,
+            "longer_than_context": sum(len(dialogue.tokens) > model.shape.n_positions + 1 for dialogue in dialogues),
+        },
         "dialogues": {
             "id": [dialogue.id for dialogue in dialogues],
             "nll": nll.round(4).tolist(),
             "bytes": [dialogue.reply_bytes for dialogue in dialogues],
         },
     }
-    pairs_by_dialogue = [reply_pairs(prepared.dialogue(split, index)) for index in range(count)]
+    pairs_by_dialogue = [reply_pairs(text_of(index)) for index in range(count)]
     last = [pairs[-1] for pairs in pairs_by_dialogue if pairs]
     examples = min(settings.recall_examples, len(last))
     if examples and len({reply for _, reply in last}) < CANDIDATES:
@@ -85,6 +104,7 @@ def full(
         result["metrics"] |= metrics.text_statistics([replies[0].text for replies in drawn], references)
         result["human"] = metrics.text_statistics(references, references)
         result["counts"]["replies"] = len(chosen)
+        result["counts"]["contexts_cut_before_a_reply"] = sum(replies[0].dropped_tokens > 0 for replies in drawn)
     return result
 
 
@@ -104,13 +124,14 @@ def rank(
     numbers, candidates = metrics.frozen_candidates([reply for _, reply in pairs], examples, num_candidates=CANDIDATES)
     tokenizer, sequences = model.tokenizer, []
     for number, row in zip(numbers, candidates, strict=True):
-        prompt = tokenizer.encode_prompt(pairs[number][0], max_prompt_tokens)
+        prompt = tokenizer.encode_prompt(pairs[number][0], max_prompt_tokens).tokens
         sequences += [_continue(prompt, pairs[index][1], model) for index in row]
     with_context = model.score_dialogues(sequences, rows=rows).reshape(candidates.shape)
     distinct = {int(index) for row in candidates for index in row}
-    no_context = np.array([tokenizer.role_ids["assistant"]], np.int32)
     alone = sorted(distinct)
-    without = model.score_dialogues([_continue(no_context, pairs[index][1], model) for index in alone], rows=rows)
+    without = model.score_dialogues(
+        [_continue(tokenizer.reply_start, pairs[index][1], model) for index in alone], rows=rows
+    )
     prior = dict(zip(alone, without, strict=True))
     return metrics.ranking(np.array([[prior[int(index)] for index in row] for row in candidates]) - with_context)
 
@@ -141,9 +162,7 @@ def _likelihood(nll_by_dialogue: np.ndarray, dialogues: Sequence[EncodedDialogue
 
 def _continue(prompt: np.ndarray, reply: str, model: DialogueModel) -> EncodedDialogue:
     """The reply's tokens and its end of turn behind a prompt, cut to what the context holds."""
-    tokenizer = model.tokenizer
-    content = np.append(tokenizer.encode_text(reply), tokenizer.end_of_turn_id)
-    content = content[: model.shape.n_positions - len(prompt)]
+    content = model.tokenizer.encode_reply(reply)[: model.shape.n_positions - len(prompt)]
     tokens = np.concatenate([prompt, content]).astype(np.int32)
     mask = np.concatenate([np.zeros(len(prompt), np.uint8), np.ones(len(content), np.uint8)])
     return EncodedDialogue(id="", tokens=tokens, loss_mask=mask, reply_bytes=len(reply.encode()))

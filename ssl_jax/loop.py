@@ -12,12 +12,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssl_jax import dialogue_model, evaluation, files, model, objectives, plan, pseudo_labels, sharding, step, workdir
+from ssl_jax import (
+    evaluation,
+    files,
+    loading,
+    model,
+    objectives,
+    plan,
+    pretrained,
+    pseudo_labels,
+    sharding,
+    step,
+    workdir,
+)
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Config
+from ssl_jax.conversation import as_prompt
 from ssl_jax.data.store import Prepared
 from ssl_jax.data.streams import Batches, PackedStream, Phase
-from ssl_jax.dialogue_model import DialogueModel, as_prompt
+from ssl_jax.dialogue_model import DialogueModel
 from ssl_jax.errors import Preempted, TrainingDiverged
 from ssl_jax.logbook import Logbook
 from ssl_jax.optimizer import learning_rate_schedule, make_optimizer
@@ -63,7 +76,7 @@ class Run:
         self._key = jax.device_put(jax.random.key(config.seed), sharding.replicated(self.mesh))
         self._abstract_state = self._abstract(init_state)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_state)
-        self.init_state = jax.jit(init_state, out_shardings=shardings)
+        self._init_state = jax.jit(init_state, out_shardings=shardings, donate_argnums=1)
         self.train_step = jax.jit(
             functools.partial(step.train_step, self.shape, self.optimizer, self.settings),
             donate_argnums=0,
@@ -84,7 +97,7 @@ class Run:
           UserError: the disk is full, a checkpoint does not fit the configuration, ….
         """
         newest = self.checkpoints.newest()
-        state, progress = self._restore(newest) if newest else (self.init_state(self._key), Progress())
+        state, progress = self._restore(newest) if newest else (self.initial_state(), Progress())
         with Logbook(
             self.directory,
             resume_step=newest or 0,
@@ -100,6 +113,16 @@ class Run:
             self._save(state, progress, logbook)
             self.checkpoints.wait()
             return self._finish(progress, logbook)
+
+    def initial_state(self) -> step.TrainState:
+        """The state before the first step, with pretrained weights where the configuration names some.
+
+        Raises:
+          UserError: the weights' files are damaged or do not fit the configuration.
+        """
+        if self.config.model.init_from is None:
+            return self._init_state(self._key)
+        return self._init_state(self._key, pretrained.initial_params(self.config, self.shape, self.mesh))
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -194,7 +217,8 @@ class Run:
         metric = None
         if DEV in self.prepared.splits:
             logbook.phase("evaluate")
-            values = evaluation.quick(speaker, self.prepared, DEV, settings.dev_dialogues, rows=self.eval_rows)
+            encoded, lengths = self.prepared.encoded(DEV), self.prepared.lengths(DEV)
+            values = evaluation.quick(speaker, encoded, lengths, settings.dev_dialogues, rows=self.eval_rows)
             metric = values["reply_bits_per_byte"]
             if progress.best is None or metric < progress.best[0]:
                 progress.best = (metric, number)
@@ -247,9 +271,9 @@ class Run:
 
     def _finish(self, progress: Progress, logbook: Logbook) -> dict[str, Any]:
         """The final evaluation, with the best checkpoint or the last one."""
-        chosen = dialogue_model.served_step(self.checkpoints, self.config.train)
+        chosen = loading.served_step(self.checkpoints, self.config.train)
         assert chosen is not None
-        speaker = dialogue_model.load(self.directory, step_number=chosen, mesh=self.mesh)
+        speaker = loading.load_checkpoint(self.directory, step_number=chosen, mesh=self.mesh)
         split = TEST if TEST in self.prepared.splits else DEV
         logbook.phase("evaluate", f"{split}, checkpoint {chosen}")
 
@@ -260,7 +284,12 @@ class Run:
         result = {}
         if split in self.prepared.splits:
             result = evaluation.full(
-                speaker, self.prepared, split, self.config.evaluation, rows=self.eval_rows, say=say
+                speaker,
+                self.prepared.encoded(split),
+                functools.partial(self.prepared.dialogue, split),
+                self.config.evaluation,
+                rows=self.eval_rows,
+                say=say,
             )
             result = {"split": split, "checkpoint": chosen, **result}
             files.write_json(self.directory / f"eval_{split.removeprefix('labeled_')}.json", result)
@@ -295,7 +324,9 @@ class Run:
         return PackedStream(
             self.prepared.encoded(split),
             self.prepared.lengths(split),
+            prefix_lengths=self.prepared.prefix_lengths(split),
             sequence_length=self.config.train.sequence_length,
+            overlap=self.config.train.window_overlap,
             seed=self.config.seed,
             context_weight=context_weight,
         )
@@ -309,7 +340,9 @@ class Run:
         return PackedStream(
             encoded,
             np.array([len(dialogue.tokens) for dialogue in encoded]),
+            prefix_lengths=np.array([dialogue.prefix_length for dialogue in encoded]),
             sequence_length=self.config.train.sequence_length,
+            overlap=self.config.train.window_overlap,
             seed=self.config.seed + held,
         )
 
@@ -352,15 +385,19 @@ class Run:
     def _describe(self, logbook: Logbook) -> None:
         shape, mesh = self.shape, dict(self.mesh.shape)
         batch = f"{self.plan.rows} rows × {self.config.train.sequence_length} tokens"
+        size = plan.parameter_count(shape)
+        source = f", from {self.config.model.init_from}" if self.config.model.init_from else ""
+        long = ", ".join(f"{name} {_long_dialogues(stream)}" for name, stream in self.streams.items())
         logbook.table(
             "plan",
             [
-                ("model", f"{plan.parameter_count(shape) / 1e6:.1f}M parameters, {shape.n_layer} × {shape.n_embd}"),
+                ("model", f"{size / 1e6:.1f}M parameters, {shape.n_layer} × {shape.n_embd}{source}"),
                 ("devices", f"{jax.device_count()} {jax.devices()[0].device_kind}, mesh {mesh}"),
                 ("batch", f"{batch}, {self.plan.labeled_rows} labeled and {self.plan.unlabeled_rows} unlabeled"),
                 ("steps", f"{self.plan.total_steps}, labeled only from {self.plan.labeled_only_from}"),
                 ("rounds", ", ".join(f"step {at}" for at in self.plan.round_steps) or "none"),
                 ("packing", ", ".join(f"{name} {s.fill():.1%} full" for name, s in self.streams.items())),
+                ("long dialogues", f"{long}; overlap {self.config.train.window_overlap} tokens"),
             ],
         )
 
@@ -370,6 +407,12 @@ def _checkpoint_items(state: step.TrainState) -> dict[str, Any]:
     counters = {"step": state.step, "skipped": state.skipped, "state": state.optimizer_state}
     averaged = {} if state.ema is None else {"ema": state.ema}
     return {"params": state.params, "optimizer": counters, **averaged}
+
+
+def _long_dialogues(stream: PackedStream) -> str:
+    """How many dialogues are longer than a row, for people."""
+    dialogues, windows = stream.long_dialogues()
+    return f"{dialogues} cut into {windows} windows" if dialogues else "none"
 
 
 def _tokens_by_stream(batch: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 The only module that imports Flax. Callers see plain dictionaries of arrays and four functions: `init`, `forward`,
 `prefill` and `decode`. Kernels are `[in, out]` as in Hugging Face's Conv1D. With `scan_layers` the blocks are stacked
-under `h` with a leading layer axis; otherwise they are `h/0`, `h/1`, ….
+under `h` with a leading layer axis; otherwise they are `h/0`, `h/1`, …. An untied output matrix is
+`lm_head/embedding`, `[V, D]` like `wte/embedding`.
 
 Axes: B rows, T time, D width, H heads, K head width, S cache slots, L layers, V padded vocabulary.
 """
@@ -10,6 +11,7 @@ Axes: B rows, T time, D width, H heads, K head width, S cache slots, L layers, V
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +24,34 @@ from ssl_jax import attention
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_sigmoid(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+# By Hugging Face's names, several of which mean the same function computed in another way.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": _gelu_tanh,
+    "gelu": _gelu,
+    "gelu_python": _gelu,
+    "gelu_fast": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+    "quick_gelu": _gelu_sigmoid,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
     "tanh": jnp.tanh,
 }
 
@@ -36,7 +61,7 @@ class GPT2:
     """Shape and arithmetic of a model: what `config.Model` says, resolved against a tokenizer and a backend.
 
     Attributes:
-      vocab_size: real tokens; ids from here to `padded_vocab_size` are never predicted.
+      vocab_size: rows of the embedding that count; ids from here to `padded_vocab_size` are never predicted.
       dtype: type of the arithmetic; softmax, layer norms and the loss stay in float32.
     """
 
@@ -49,6 +74,10 @@ class GPT2:
     n_inner: int
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     resid_pdrop: float = 0.1
     embd_pdrop: float = 0.1
@@ -60,19 +89,26 @@ class GPT2:
 
     @classmethod
     def from_config(cls, config: Any, vocab_size: int) -> GPT2:
-        """Resolves a `config.Model` for a tokenizer of `vocab_size` tokens."""
+        """Resolves a `config.Model` for a tokenizer of `vocab_size` tokens; a larger `config.vocab_size` stands."""
         dtype = config.dtype
         if dtype == "auto":
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         fields = {field.name for field in dataclasses.fields(cls)} & set(type(config).model_fields)
         values = {name: getattr(config, name) for name in fields}
+        rows = max(vocab_size, config.vocab_size or 0)
         values |= {
+            "vocab_size": rows,
+            "padded_vocab_size": -(-rows // config.vocab_multiple) * config.vocab_multiple,
             "n_inner": config.n_inner or 4 * config.n_embd,
             "dtype": jnp.dtype(dtype),
             "param_dtype": jnp.dtype(config.param_dtype),
         }
-        padded = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
-        return cls(vocab_size=vocab_size, padded_vocab_size=padded, **values)
+        return cls(**values)
+
+    def attention_scale(self, layer: int | jax.Array) -> float | jax.Array:
+        """The factor on the attention scores of a layer, counted from 0, that may be traced."""
+        scale = 1.0 / math.sqrt(self.n_embd // self.n_head) if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
 
 def init(model: GPT2, key: jax.Array) -> Params:
@@ -106,8 +142,8 @@ def forward(
 
 
 def output_embedding(params: Params, dtype: Any) -> jax.Array:
-    """The `[V, D]` matrix that turns hidden states into logits: the tied token embedding."""
-    return params["wte"]["embedding"].astype(dtype)
+    """The `[V, D]` matrix that turns hidden states into logits: the untied head, or else the token embedding."""
+    return params.get("lm_head", params["wte"])["embedding"].astype(dtype)
 
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
@@ -128,9 +164,9 @@ def prefill(model: GPT2, layers: Params, tokens_BT: jax.Array, slots: int) -> tu
     mask = jnp.tri(length, dtype=bool)[None, None]
     padding = ((0, 0), (0, 0), (0, slots - length), (0, 0))
 
-    def attend_for(_):
+    def attend_for(layer):
         def attend(query, key, value):
-            context = attention.attend(query, key, value, mask)
+            context = _attend(model, layer, query, key, value, mask)
             return context, (jnp.pad(key, padding), jnp.pad(value, padding))
 
         return attend
@@ -163,7 +199,7 @@ def decode(
         def attend(query, key, value):
             keys = jax.lax.dynamic_update_slice_in_dim(cache[layer][0], key, slot, axis=2)
             values = jax.lax.dynamic_update_slice_in_dim(cache[layer][1], value, slot, axis=2)
-            return attention.attend(query, keys, values, visible_BS[:, None, None]), (keys, values)
+            return _attend(model, layer, query, keys, values, visible_BS[:, None, None]), (keys, values)
 
         return attend
 
@@ -188,6 +224,12 @@ def _run_layers(model, layers, tokens_BT, positions_BT, attend_for) -> tuple[jax
         cache.append(entry)
     x_BTD = _LayerNorm(model).apply({"params": layers["ln_f"]}, x_BTD)
     return x_BTD, tuple(cache)
+
+
+def _attend(model, layer, query, key, value, mask, keep_BHTS=None) -> jax.Array:
+    """Attention as this model's layer does it."""
+    scale, upcast = model.attention_scale(layer), model.reorder_and_upcast_attn
+    return attention.attend(query, key, value, mask, scale, upcast=upcast, keep_BHTS=keep_BHTS)
 
 
 def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
@@ -295,14 +337,14 @@ class _TrainBlock(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTD: jax.Array, mask: jax.Array, layer: int | jax.Array) -> tuple[jax.Array, None]:
         model = self.model
         drop = 0.0 if self.deterministic else model.attn_pdrop
         rows, length, _ = x_BTD.shape
         keep = _keep(self, (rows, model.n_head, length, length), drop) if drop else None
 
         def attend(query, key, value):
-            return attention.attend(query, key, value, mask, keep_BHTS=keep), None
+            return _attend(model, layer, query, key, value, mask, keep), None
 
         # The block's parameters sit beside, not below, this wrapper: one layout for training and decoding.
         block = _Block(model, self.deterministic)
@@ -323,6 +365,8 @@ class _Transformer(nn.Module):
         x_BTD = embed(tokens_BT, positions_BT)
         if not self.deterministic:
             x_BTD = _dropout(self, x_BTD, model.embd_pdrop)
+        if not model.tie_word_embeddings:
+            _Table(model, model.padded_vocab_size, name="lm_head")()  # made here, read by `output_embedding`
         mask = attention.segment_mask(segment_ids_BT)
         block: Any = _TrainBlock
         if model.remat != "none":
@@ -333,10 +377,10 @@ class _Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+                in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=model.n_layer,
             )
-            x_BTD, _ = scanned(model, self.deterministic, name="h")(x_BTD, mask)
+            x_BTD, _ = scanned(model, self.deterministic, name="h")(x_BTD, mask, jnp.arange(model.n_layer))
         else:
             x_BTD, _ = _Blocks(model, self.deterministic, block, name="h")(x_BTD, mask)
         return _LayerNorm(model, name="ln_f")(x_BTD)
@@ -352,5 +396,5 @@ class _Blocks(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
         for layer in range(self.model.n_layer):
-            x_BTD, _ = self.block(self.model, self.deterministic, name=str(layer))(x_BTD, mask)
+            x_BTD, _ = self.block(self.model, self.deterministic, name=str(layer))(x_BTD, mask, layer)
         return x_BTD, None

@@ -159,15 +159,20 @@ def make_plan(config: Config, records: Mapping[str, int], labeled_rows_per_epoch
 
 
 def parameter_count(shape: GPT2) -> int:
-    """Parameters as Hugging Face counts them: the tied output embedding once, no vocabulary padding."""
+    """Parameters as Hugging Face counts them: a tied output embedding once, no vocabulary padding."""
     width, inner = shape.n_embd, shape.n_inner
     block = 4 * width * width + 2 * width * inner + 9 * width + inner
-    return (shape.vocab_size + shape.n_positions) * width + shape.n_layer * block + 2 * width
+    rows = shape.vocab_size * (1 if shape.tie_word_embeddings else 2) + shape.n_positions
+    return rows * width + shape.n_layer * block + 2 * width
 
 
 def flops_per_token(shape: GPT2, sequence_length: int) -> int:
-    """Floating-point operations of training one token: 6 N + 6 L D T, causal attention counted (as llm.c counts)."""
-    return 6 * parameter_count(shape) + 6 * shape.n_layer * shape.n_embd * sequence_length
+    """Floating-point operations of training one token: 6 N + 6 L D T, causal attention counted (as llm.c counts).
+
+    N holds one vocabulary: that of the output. The table of an untied input is only looked up.
+    """
+    multiplied = parameter_count(dataclasses.replace(shape, tie_word_embeddings=True))
+    return 6 * multiplied + 6 * shape.n_layer * shape.n_embd * sequence_length
 
 
 def device_peak_flops(device_kind: str) -> float | None:

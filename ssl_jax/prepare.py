@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ssl_jax import command_line
+from ssl_jax import command_line, pretrained
 from ssl_jax.config import Config
 from ssl_jax.data.pipeline import prepare
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
         summary="Reads, checks, cleans, splits, tokenizes and stores the data that `data` names.",
     )
     started = time.monotonic()
-    prepared = prepare(config)
+    prepared = prepare(pretrained.resolve(config))
     for line in report(prepared.summary):
         print(line)
     print(f"done in {time.monotonic() - started:.1f} s; next: python -m ssl_jax.train {shlex.join(arguments)}")

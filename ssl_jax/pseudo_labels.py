@@ -141,6 +141,8 @@ def make_round(
         "seed": seed,
         "prompts": len(prompts),
         "generated": sum(len(replies) for replies in drawn),
+        # Contexts of which the teacher saw the newest turns only.
+        "prompts_cut": sum(replies[0].dropped_tokens > 0 for replies in drawn),
         "generated_tokens": sum(reply.tokens for replies in drawn for reply in replies),
         "accepted": len(accepted),
         "accept_rate": len(accepted) / max(1, len(prompts)),

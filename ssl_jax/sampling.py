@@ -1,5 +1,8 @@
 """Drawing replies from a model: prefill, then one compiled loop with a key-value cache that ends early.
 
+`sample` draws whole replies. `start` and `advance` are its two halves, for callers that look at the replies along the
+way: to show them as they grow, or to end them at a text. Both ways give the same replies.
+
 Axes: N prompts, R replies per prompt, B = N × R rows, P prompt places, M new tokens, S = P + M cache slots,
 V padded vocabulary.
 """
@@ -7,15 +10,23 @@ V padded vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax import model
+from ssl_jax import logits_processors, model
 
 Array: TypeAlias = jax.Array | np.ndarray
+
+Processor: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""A custom processor: `(scores_BV, sequences_BS, lengths_B) -> scores_BV`, jittable and deterministic.
+
+`sequences_BS` holds each row's prompt followed at once by its new tokens, the first `lengths_B` of them valid. Scores
+beyond the model's real vocabulary are minus infinity and stay so.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +40,26 @@ class Options:
       temperature: divides the logits.
       top_k: keep the k likeliest tokens; 0 keeps all.
       top_p: keep the likeliest tokens that together hold this probability.
+      min_p: keep tokens at least this many times as likely as the likeliest one; 0 keeps all.
+      typical_p: keep the tokens of most typical surprise that together hold this probability.
+      repetition_penalty: above 1, tokens of the prompt and of the reply so far become less likely.
+      no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and reply; 0 allows all.
+      bad_words_ids: token sequences that never appear in a reply.
+      sequence_bias: token sequences, and what is added to the logit of the token that completes one.
+      suppress_tokens: tokens that never appear in a reply.
+      begin_suppress_tokens: tokens that a reply does not begin with.
+      forced_bos_token_id: first token of the reply to a prompt of one token.
+      forced_eos_token_id: last token of a reply that reaches its row's limit.
+      min_length: no end token before prompt and reply together have this many tokens.
+      min_new_tokens: no end token before the reply has this many tokens.
+      max_length: longest prompt and reply together, of every row; None: only `max_new_tokens` limits it. (Where both
+        are given, Hugging Face ignores `max_length`; callers that want this leave it out.)
       end_ids: tokens that end a reply.
-      suppressed_ids: tokens that never appear in a reply.
+      num_beams: beams of a beam search, 1 here.
+      length_penalty: of a beam search.
+      early_stopping: of a beam search.
+      processors: custom processors, applied in this order after all of the above but before temperature, top_k, top_p,
+        min_p and typical_p.
     """
 
     max_new_tokens: int
@@ -39,8 +68,35 @@ class Options:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    min_length: int = 0
+    min_new_tokens: int = 0
+    max_length: int | None = None
     end_ids: tuple[int, ...] = ()
-    suppressed_ids: tuple[int, ...] = ()
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    processors: tuple[Processor, ...] = ()
+
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether a token's score depends on more of the text than its length, beyond the model's own reading."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.no_repeat_ngram_size
+            or self.bad_words_ids
+            or self.sequence_bias
+            or self.processors
+        )
 
 
 class Replies(NamedTuple):
@@ -49,14 +105,47 @@ class Replies(NamedTuple):
     Attributes:
       tokens: int32 `[B, M]`; the end token and what follows are 0.
       lengths: int32 `[B]`, tokens before the end token.
-      logprobs: float32 `[B]`, Σ log p of the reply's tokens and its end token under the unmodified model, nats.
-      stopped: bool `[B]`; False where the reply was cut at `max_new_tokens`.
+      logprobs: float32 `[B, M]`, log p of every token and of the end token under the unmodified model (nats); 0 after.
+      stopped: bool `[B]`; False where the reply was cut at its limit.
     """
 
     tokens: Array
     lengths: Array
     logprobs: Array
     stopped: Array
+
+
+class State(NamedTuple):
+    """Replies under way: arrays only, so that a caller's jit may donate them and the cache is updated in place.
+
+    Attributes:
+      number: int32 scalar, tokens drawn so far for every row that is not done.
+      done_B: bool; rows that take no more tokens. All of them: the replies are complete. A caller that has read enough
+        of a row sets it here, with `_replace`, and the row costs no more steps.
+      last_B: int32, the tokens drawn last.
+      tokens_BM: as in `Replies`, so far.
+      lengths_B: as in `Replies`, so far.
+      logprobs_BM: as in `Replies`, so far.
+      stopped_B: as in `Replies`, so far.
+      prompt_lengths_B: int32.
+      keys_B: PRNG keys.
+      visible_BS: bool; cache slots that hold a row's prompt or its new tokens.
+      cache: keys and values of the prompts in slots 0 to P, of new token t in slot P + t.
+      sequences_BS: int32, each row's prompt followed at once by its new tokens; None where no option reads it.
+    """
+
+    number: jax.Array
+    done_B: jax.Array
+    last_B: jax.Array
+    tokens_BM: jax.Array
+    lengths_B: jax.Array
+    logprobs_BM: jax.Array
+    stopped_B: jax.Array
+    prompt_lengths_B: jax.Array
+    keys_B: jax.Array
+    visible_BS: jax.Array
+    cache: model.Cache
+    sequences_BS: jax.Array | None
 
 
 def sample(
@@ -67,7 +156,20 @@ def sample(
     prompt_lengths_N: jax.Array,
     keys_B: jax.Array,
 ) -> Replies:
-    """Draws `num_return_sequences` replies to each prompt.
+    """Draws `num_return_sequences` replies to each prompt; arguments as of `start`."""
+    state = start(shape, options, params, prompts_NP, prompt_lengths_N, keys_B)
+    return replies(advance(shape, options, params, state, options.max_new_tokens))
+
+
+def start(
+    shape: model.GPT2,
+    options: Options,
+    params: model.Params,
+    prompts_NP: jax.Array,
+    prompt_lengths_N: jax.Array,
+    keys_B: jax.Array,
+) -> State:
+    """Reads every prompt once and draws the first token of each of its replies.
 
     Args:
       shape: the model.
@@ -76,102 +178,118 @@ def sample(
       prompts_NP: int32, right-padded.
       prompt_lengths_N: int32; 0 marks an empty place of the batch, which costs no further steps.
       keys_B: one PRNG key per row: a reply depends on its own prompt and key, not on its neighbors in the batch.
-    """
-    repeats, new_tokens = options.num_return_sequences, options.max_new_tokens
-    prompt_slots = prompts_NP.shape[1]
-    layers = model.unstack(shape, params)
-    embedding_VD = model.output_embedding(params, shape.dtype)
-    allowed_V = jnp.arange(shape.padded_vocab_size) < shape.vocab_size
-    drawable_V = allowed_V.at[jnp.array(options.suppressed_ids, jnp.int32)].set(False)
 
-    hidden_NPD, cache = model.prefill(shape, layers, prompts_NP, prompt_slots + new_tokens)
+    Raises:
+      ValueError: the options ask for beams.
+    """
+    if options.num_beams > 1:
+        raise ValueError(f"num_beams {options.num_beams}: sampling has no beams; see beam_search.search")
+    repeats, new_tokens = options.num_return_sequences, options.max_new_tokens
+    slots = prompts_NP.shape[1] + new_tokens
+    layers = model.unstack(shape, params)
+
+    hidden_NPD, cache = model.prefill(shape, layers, prompts_NP, slots)
     last_N = jnp.maximum(prompt_lengths_N - 1, 0)
     hidden_ND = jnp.take_along_axis(hidden_NPD, last_N[:, None, None], axis=1)[:, 0]
-    hidden_BD = jnp.repeat(hidden_ND, repeats, axis=0)
-    cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, repeats, axis=0), cache)
     lengths_B = jnp.repeat(prompt_lengths_N, repeats)
-    in_prompt_BS = jnp.arange(prompt_slots + new_tokens)[None, :] < lengths_B[:, None]
-
-    def choose(hidden_BD, number):
-        logits_BV = jnp.einsum("bd,vd->bv", hidden_BD, embedding_VD, preferred_element_type=jnp.float32)
-        log_probs_BV = jax.nn.log_softmax(jnp.where(allowed_V[None], logits_BV, -jnp.inf))
-        shaped_BV = jnp.where(drawable_V[None], log_probs_BV, -jnp.inf)
-        if options.do_sample:
-            shaped_BV = filter_logits(shaped_BV / options.temperature, options.top_k, options.top_p)
-            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
-            tokens_B = jax.vmap(jax.random.categorical)(step_keys, shaped_BV)
-        else:
-            tokens_B = jnp.argmax(shaped_BV, axis=-1)
-        return tokens_B, jnp.take_along_axis(log_probs_BV, tokens_B[:, None], axis=1)[:, 0]
-
-    def record(number, hidden_BD, replies, done_B):
-        """Adds token `number` to the replies that are not done."""
-        tokens_B, log_probs_B = choose(hidden_BD, number)
-        ends_B = jnp.isin(tokens_B, jnp.array(options.end_ids, jnp.int32))
-        written_B = jnp.where(done_B | ends_B, 0, tokens_B).astype(jnp.int32)
-        replies = Replies(
-            tokens=jax.lax.dynamic_update_slice_in_dim(replies.tokens, written_B[:, None], number, axis=1),
-            lengths=replies.lengths + ~(done_B | ends_B),
-            logprobs=replies.logprobs + jnp.where(done_B, 0.0, log_probs_B),
-            stopped=replies.stopped | (ends_B & ~done_B),
-        )
-        return tokens_B, replies, done_B | ends_B
-
-    def not_finished(carry):
-        number, _, _, done_B, _ = carry
-        return (number < new_tokens) & ~jnp.all(done_B)
-
-    def next_token(carry):
-        number, tokens_B, replies, done_B, cache = carry
-        slot = prompt_slots + number - 1
-        slots = jnp.arange(in_prompt_BS.shape[1])[None, :]
-        visible_BS = in_prompt_BS | ((slots >= prompt_slots) & (slots <= slot))
-        hidden_BD, cache = model.decode(shape, layers, tokens_B, lengths_B + number - 1, slot, visible_BS, cache)
-        tokens_B, replies, done_B = record(number, hidden_BD, replies, done_B)
-        return number + 1, tokens_B, replies, done_B, cache
-
+    sequences_BS = None
+    if options.reads_sequences:
+        sequences_BS = jnp.repeat(jnp.pad(prompts_NP, ((0, 0), (0, new_tokens))), repeats, axis=0)
     rows = lengths_B.shape[0]
-    empty = Replies(
-        tokens=jnp.zeros((rows, new_tokens), jnp.int32),
-        lengths=jnp.zeros(rows, jnp.int32),
-        logprobs=jnp.zeros(rows, jnp.float32),
-        stopped=jnp.zeros(rows, bool),
+    state = State(
+        number=jnp.int32(0),
+        done_B=(lengths_B == 0) | (logits_processors.new_token_limits(options, lengths_B) == 0),
+        last_B=jnp.zeros(rows, jnp.int32),
+        tokens_BM=jnp.zeros((rows, new_tokens), jnp.int32),
+        lengths_B=jnp.zeros(rows, jnp.int32),
+        logprobs_BM=jnp.zeros((rows, new_tokens), jnp.float32),
+        stopped_B=jnp.zeros(rows, bool),
+        prompt_lengths_B=lengths_B,
+        keys_B=keys_B,
+        visible_BS=jnp.arange(slots)[None, :] < lengths_B[:, None],
+        cache=jax.tree.map(lambda leaf: jnp.repeat(leaf, repeats, axis=0), cache),
+        sequences_BS=sequences_BS,
     )
-    tokens_B, replies, done_B = record(0, hidden_BD, empty, lengths_B == 0)
-    carry = (jnp.int32(1), tokens_B, replies, done_B, cache)
-    return jax.lax.while_loop(not_finished, next_token, carry)[2]
+    hidden_BD = jnp.repeat(hidden_ND, repeats, axis=0)
+    return _append(shape, options, model.output_embedding(params, shape.dtype), hidden_BD, state)
 
 
-def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Sets the logits of filtered tokens to minus infinity: top-k first, then top-p (Holtzman et al. 2020).
+def advance(shape: model.GPT2, options: Options, params: model.Params, state: State, steps: jax.Array | int) -> State:
+    """Draws at most `steps` more tokens per row, fewer where all rows are done before.
 
-    A token survives top-p if the tokens likelier than it hold less than `top_p`; equal tokens share their fate.
+    Args:
+      shape: the model.
+      options: those that the state was started with.
+      params: parameters of the model. Stacked ones are unstacked once per call; who calls often does that before
+        (`model.unstack`, with a shape whose `scan_layers` is False).
+      state: from `start` or the last `advance`.
+      steps: int32 scalar; may be traced, so that one compiled function serves all.
     """
-    if 0 < top_k < logits_BV.shape[-1]:
-        kth_B = jax.lax.top_k(logits_BV, top_k)[0][:, -1]
-        logits_BV = jnp.where(logits_BV < kth_B[:, None], -jnp.inf, logits_BV)
-    if top_p < 1.0:
-        logits_BV = jnp.where(_in_nucleus(jax.nn.softmax(logits_BV), top_p), logits_BV, -jnp.inf)
-    return logits_BV
+    layers = model.unstack(shape, params)
+    embedding_VD = model.output_embedding(params, shape.dtype)
+    end = state.number + steps
+    slots = state.visible_BS.shape[1]
+    first_slot = slots - state.tokens_BM.shape[1]
+
+    def not_finished(state):
+        return (state.number < end) & ~jnp.all(state.done_B)
+
+    def step(state):
+        slot = first_slot + state.number - 1
+        visible_BS = state.visible_BS | (jnp.arange(slots) == slot)[None, :]
+        positions_B = state.prompt_lengths_B + state.number - 1
+        # Rows that are done read on unheard; the table of positions may end before the longest row does.
+        positions_B = jnp.minimum(positions_B, shape.n_positions - 1)
+        hidden_BD, cache = model.decode(shape, layers, state.last_B, positions_B, slot, visible_BS, state.cache)
+        return _append(shape, options, embedding_VD, hidden_BD, state._replace(visible_BS=visible_BS, cache=cache))
+
+    return jax.lax.while_loop(not_finished, step, state)
 
 
-def _in_nucleus(probabilities_BV: jax.Array, top_p: float) -> jax.Array:
-    """Tokens whose likelier tokens hold less than `top_p`, bool `[B, V]`, without sorting the vocabulary.
+def replies(state: State) -> Replies:
+    """What has been drawn so far; of rows that are not done the beginning."""
+    return Replies(state.tokens_BM, state.lengths_B, state.logprobs_BM, state.stopped_B)
 
-    Bisects for the smallest probability that survives, over the bit patterns of non-negative floats, whose order is
-    that of the floats: 31 passes of sums find it exactly.
-    """
-    patterns_BV = jax.lax.bitcast_convert_type(probabilities_BV, jnp.int32)
 
-    def halve(_, bounds):
-        low_B, high_B = bounds  # the threshold is in (low, high]
-        middle_B = low_B + (high_B - low_B) // 2
-        above_B = jnp.sum(jnp.where(patterns_BV > middle_B[:, None], probabilities_BV, 0.0), axis=-1)
-        survives_B = above_B < top_p
-        return jnp.where(survives_B, low_B, middle_B), jnp.where(survives_B, middle_B, high_B)
+def _append(shape: model.GPT2, options: Options, embedding_VD, hidden_BD, state: State) -> State:
+    """Draws token `number` of the rows that are not done, from the hidden states of what stands before it."""
+    number, done_B = state.number, state.done_B
+    text_lengths_B = state.prompt_lengths_B + number
+    tokens_B, log_probs_B = _choose(shape, options, embedding_VD, hidden_BD, state)
+    ends_B = jnp.isin(tokens_B, jnp.array(options.end_ids, jnp.int32))
+    written_B = jnp.where(done_B | ends_B, 0, tokens_B)
+    scored_B = jnp.where(done_B, 0.0, log_probs_B)
+    sequences_BS = state.sequences_BS
+    if sequences_BS is not None:
+        is_next_BS = jnp.arange(sequences_BS.shape[1])[None, :] == text_lengths_B[:, None]
+        sequences_BS = jnp.where(is_next_BS, tokens_B[:, None], sequences_BS)
+    return state._replace(
+        number=number + 1,
+        done_B=done_B | ends_B | (number + 1 >= logits_processors.new_token_limits(options, state.prompt_lengths_B)),
+        last_B=tokens_B,
+        tokens_BM=jax.lax.dynamic_update_slice_in_dim(state.tokens_BM, written_B[:, None], number, axis=1),
+        lengths_B=state.lengths_B + ~(done_B | ends_B),
+        logprobs_BM=jax.lax.dynamic_update_slice_in_dim(state.logprobs_BM, scored_B[:, None], number, axis=1),
+        stopped_B=state.stopped_B | (ends_B & ~done_B),
+        sequences_BS=sequences_BS,
+    )
 
-    rows = probabilities_BV.shape[0]
-    one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
-    bounds = (jnp.full(rows, -1, jnp.int32), jnp.full(rows, one, jnp.int32))
-    _, threshold_B = jax.lax.fori_loop(0, 31, halve, bounds)
-    return patterns_BV >= threshold_B[:, None]
+
+def _choose(shape: model.GPT2, options: Options, embedding_VD, hidden_BD, state: State) -> tuple[jax.Array, jax.Array]:
+    """The next token of every row, int32 `[B]`, and its log-probability under the unmodified model, float32 `[B]`."""
+    is_real_1V = (jnp.arange(shape.padded_vocab_size) < shape.vocab_size)[None]
+    logits_BV = jnp.einsum("bd,vd->bv", hidden_BD, embedding_VD, preferred_element_type=jnp.float32)
+    logits_BV = jnp.where(is_real_1V, logits_BV, -jnp.inf)
+    prompt_lengths_B = state.prompt_lengths_B
+    scores_BV = logits_processors.process(
+        options, logits_BV, state.sequences_BS, prompt_lengths_B + state.number, prompt_lengths_B
+    )
+    scores_BV = jnp.where(is_real_1V, scores_BV, -jnp.inf)
+    if options.do_sample:
+        scores_BV = logits_processors.warp(options, scores_BV)
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.number)
+        tokens_B = jax.vmap(jax.random.categorical)(keys_B, scores_BV)
+    else:
+        tokens_B = jnp.argmax(scores_BV, axis=-1)
+    log_probs_BV = jax.nn.log_softmax(logits_BV)
+    return tokens_B.astype(jnp.int32), jnp.take_along_axis(log_probs_BV, tokens_B[:, None], axis=1)[:, 0]

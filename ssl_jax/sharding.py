@@ -18,7 +18,7 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 # Parameter path → axes of the array. Paths of stacked blocks have one more, leading, axis, which stays whole.
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"wte/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"(wte|lm_head)/embedding", PartitionSpec("tensor", "fsdp")),
     (r"wpe/embedding", PartitionSpec(None, "fsdp")),
     (r"(attn_c_attn|mlp_c_fc)/kernel", PartitionSpec("fsdp", "tensor")),
     (r"(attn_c_attn|mlp_c_fc)/bias", PartitionSpec("tensor")),

@@ -65,10 +65,14 @@ class StepSettings:
 
 
 def init_state(
-    shape: model.GPT2, optimizer: optax.GradientTransformation, ema_decay: float, key: jax.Array
+    shape: model.GPT2,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    key: jax.Array,
+    params: model.Params | None = None,
 ) -> TrainState:
-    """The state before the first step."""
-    params = model.init(shape, key)
+    """The state before the first step: with `params` where a run starts from some, else with fresh ones."""
+    params = model.init(shape, key) if params is None else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

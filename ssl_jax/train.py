@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import command_line, workdir
+from ssl_jax import command_line, pretrained, workdir
 from ssl_jax.config import Config
 
 
 def main(arguments: Sequence[str]) -> None:
     """The story of a run: configuration, work directory, data, training, what came of it."""
     config = command_line.parse(Config, arguments, program="python -m ssl_jax.train", summary=__doc__ or "")
+    config = pretrained.resolve(config)
     directory = Path(config.workdir)
     workdir.claim(directory, config)
     if (summary := workdir.read_summary(directory)) is not None:

@@ -110,7 +110,6 @@ def test_a_size_and_a_different_shape_contradict_each_other() -> None:
     ("values", "says"),
     [
         ({"model": {"n_embd": 100, "n_head": 3}}, "n_embd 100 must be a multiple of n_head 3"),
-        ({"model": {"init_from": "gpt2"}}, "init_from: pretrained weights cannot be read yet"),
         ({"train": {"steps": 1, "num_train_epochs": 1}}, "give steps or num_train_epochs, not both"),
         ({"data": {"test_size": 0.6, "dev_size": 0.4}}, "must leave something to train on"),
         ({"data": {"labeled": [{}]}}, "exactly one of path, dataset, tfds; found none"),

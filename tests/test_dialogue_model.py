@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 import ssl_jax
 from ssl_jax import model as gpt2
 from ssl_jax.config import Sampling
+from ssl_jax.conversation import as_prompt
 from ssl_jax.data.tokenizer import EncodedDialogue
 from ssl_jax.dialogue import Dialogue, Turn
-from ssl_jax.dialogue_model import DialogueModel, as_prompt
+from ssl_jax.dialogue_model import DialogueModel
 from ssl_jax.errors import UserError
 
 SHORT = Sampling(max_new_tokens=16)
@@ -139,15 +141,17 @@ def test_the_log_probability_of_a_reply_is_that_of_the_model(model: DialogueMode
     prompt = as_prompt("is the table black?")
     greedy = Sampling(max_new_tokens=16, do_sample=False)
     (reply,) = model.draw([prompt], greedy)[0]
-    context = model.tokenizer.encode_prompt(prompt, 48)
-    tokens, total = list(context), 0.0
-    suppressed = [model.tokenizer.pad_id, *model.tokenizer.role_ids.values()]
+    context = model.tokenizer.encode_prompt(prompt, 48).tokens
+    tokens, log_probs = list(context), []
     for _ in range(reply.tokens + (reply.finish_reason == "stop")):
-        best, best_log_prob = likeliest(model, np.array(tokens, np.int32), suppressed)
+        best, best_log_prob = likeliest(model, np.array(tokens, np.int32), list(model.tokenizer.suppressed_ids))
         tokens.append(best)
-        total += best_log_prob
-    assert reply.logprob == pytest.approx(total, rel=1e-4)
-    assert model.tokenizer.decode(tokens[len(context) :]).strip() == reply.text
+        log_probs.append(best_log_prob)
+    np.testing.assert_allclose(reply.token_logprobs, log_probs, rtol=1e-4, atol=1e-5)
+    assert reply.logprob == pytest.approx(sum(log_probs), rel=1e-4)
+    drawn = tokens[len(context) :]
+    assert tuple(drawn[: reply.tokens]) == reply.token_ids
+    assert model.tokenizer.decode(drawn).strip() == reply.text
 
 
 def likeliest(model: DialogueModel, tokens: np.ndarray, suppressed: list[int]) -> tuple[int, float]:
@@ -174,6 +178,10 @@ def test_generate_response_takes_a_text_or_a_conversation(model: DialogueModel) 
         ("hi", {"topk": 5}, r"generate_response: topk: unknown field; did you mean top_k\?"),
         ("hi", {"top_p": 2.0}, r"top_p: .*less than or equal to 1"),
         ("hi", {"max_new_tokens": 64}, "leaves no room"),
+        ("hi", {"temperature": -1}, "temperature: .*greater than 0"),
+        ("hi", {"num_beams": 2}, "set do_sample to false"),
+        ("hi", {"num_beams": 2, "do_sample": False, "num_return_sequences": 3}, "exceeds num_beams 2"),
+        ("hi", {"suppress_tokens": [99999]}, "suppress_tokens: the model has no token 99999"),
         ("", {}, "the prompt is empty"),
         ([], {}, "messages: a dialogue needs at least one turn"),
         (CONVERSATION, {}, "must end in a user turn"),
@@ -183,7 +191,7 @@ def test_generate_response_takes_a_text_or_a_conversation(model: DialogueModel) 
     ],
 )
 def test_what_cannot_be_answered_is_refused(model: DialogueModel, prompt: Any, options: Any, expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(ValueError, match=expected):
         model.generate_response(prompt, **options)
 
 
@@ -200,9 +208,104 @@ def test_what_cannot_be_scored_is_refused(model: DialogueModel, messages: Any, e
         model.score(messages)
 
 
-def test_a_folder_without_a_run_cannot_be_loaded() -> None:
-    with pytest.raises(UserError, match="runs/nowhere does not exist"):
-        ssl_jax.load("runs/nowhere")
+@pytest.mark.parametrize("name", ["runs/nowhere", "./runs/nowhere"])
+def test_what_is_neither_a_folder_nor_on_the_hub_cannot_be_loaded(name: str) -> None:
+    with pytest.raises(ValueError, match=r"there is no directory .*runs/nowhere"):
+        ssl_jax.load(name)
+
+
+def test_a_folder_without_a_model_cannot_be_loaded(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match=r"neither a work directory .* nor a Hugging Face model"):
+        ssl_jax.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_is_the_reply_in_pieces(model: DialogueModel, seed: int) -> None:
+    pieces = list(model.stream_response("is the apple red?", max_new_tokens=16, seed=seed))
+    assert [("".join(pieces))] == model.generate_response("is the apple red?", max_new_tokens=16, seed=seed)
+    assert len(pieces) > 1
+
+
+def test_a_stop_string_ends_the_reply_before_it(model: DialogueModel) -> None:
+    """The reply is the one without it, cut; its tokens are counted up to the string."""
+    (whole,) = model.draw([as_prompt("is the apple red?")], SHORT, seed=2)[0]
+    stop = whole.text[3:5]
+    settings = SHORT.model_copy(update={"stop": (stop,)})
+    (cut,) = model.draw([as_prompt("is the apple red?")], settings, seed=2)[0]
+    assert stop in whole.text and cut.text == whole.text[: whole.text.index(stop)].strip()
+    assert cut.finish_reason == "stop" and 0 < cut.tokens < whole.tokens
+    assert cut.token_ids == whole.token_ids[: cut.tokens]
+    assert list(model.stream_response("is the apple red?", max_new_tokens=16, seed=2, stop=(stop,))) != []
+    assert "".join(model.stream_response("is the apple red?", max_new_tokens=16, seed=2, stop=(stop,))) == cut.text
+
+
+def test_a_reply_begins_as_asked(model: DialogueModel) -> None:
+    replies = model.generate_response(
+        "is the apple red?", reply_prefix="well, no", max_new_tokens=8, num_return_sequences=4
+    )
+    assert len(set(replies)) > 1 and all(reply.startswith("well, no") for reply in replies)
+    streamed = "".join(model.stream_response("is the apple red?", reply_prefix="well, no", max_new_tokens=8))
+    assert streamed == replies[0]
+
+
+def test_bad_words_do_not_appear_wherever_they_stand(model: DialogueModel) -> None:
+    """A byte-level vocabulary spells a word at the beginning and after a blank in two ways."""
+    greedy = {"max_new_tokens": 16, "do_sample": False}
+    (before,) = model.generate_response("is the table black?", **greedy)
+    word = before.split()[-1]
+    (after,) = model.generate_response("is the table black?", bad_words=[word], **greedy)
+    assert word in before.split() and word not in after.split()
+
+
+def test_a_bias_on_a_text_moves_the_reply(model: DialogueModel) -> None:
+    prompt, greedy = as_prompt("is the apple red?"), Sampling(max_new_tokens=8, do_sample=False)
+    (before,) = model.draw([prompt], greedy)[0]
+    first = model.tokenizer.decode(before.token_ids[:1])
+    (after,) = model.draw([prompt], greedy.model_copy(update={"sequence_bias": {first: -100.0}}))[0]
+    assert before.token_ids[0] != after.token_ids[0]
+
+
+def test_custom_processors_run_inside_the_loop(model: DialogueModel) -> None:
+    """Here: nothing but one token, and the end once the reply has three of it."""
+    token = int(model.tokenizer.encode_text("a")[0])
+    prompt_length = len(model.tokenizer.encode_prompt(as_prompt("is the apple red?"), 48).tokens)
+
+    def only_a(scores_BV: jax.Array, sequences_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        wanted_B = jnp.where(lengths_B - prompt_length < 3, token, model.tokenizer.end_ids[0])
+        allowed_BV = jnp.arange(scores_BV.shape[1])[None] == wanted_B[:, None]
+        return jnp.where(allowed_BV, 0.0, -jnp.inf)
+
+    assert model.generate_response("is the apple red?", logits_processor=[only_a], max_new_tokens=8) == ["aaa"]
+
+
+def test_beams_give_the_best_replies_first(model: DialogueModel) -> None:
+    settings = Sampling(max_new_tokens=8, do_sample=False, num_beams=4, length_penalty=0.0)
+    (replies,) = model.draw([as_prompt("is the apple red?")], settings, num_return_sequences=3)
+    scores = [reply.logprob for reply in replies]
+    assert scores == sorted(scores, reverse=True) and len({reply.token_ids for reply in replies}) == 3
+    (greedy,) = model.draw([as_prompt("is the apple red?")], Sampling(max_new_tokens=8, do_sample=False))[0]
+    assert scores[0] >= greedy.logprob - 1e-4
+
+
+def test_max_length_counts_the_prompt(model: DialogueModel) -> None:
+    prompt = as_prompt("is the apple red?")
+    size = len(model.tokenizer.encode_prompt(prompt, 48).tokens)
+    settings = Sampling(max_length=size + 5, min_length=size + 5)
+    (reply,) = model.draw([prompt], settings)[0]
+    assert reply.tokens == 5 and reply.finish_reason == "length"
+    with pytest.raises(UserError, match="max_length 20 counts the prompt too"):
+        model.generate_response("is the apple red? " * 5, max_length=20)
+
+
+def test_a_conversation_too_long_is_answered_with_a_warning(
+    model: DialogueModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [Turn("system", "be kind"), *long_dialogue(20).turns, Turn("user", "is the lamp red?")]
+    messages = Dialogue(tuple(turns)).to_messages()
+    (reply,) = model.draw([as_prompt(messages)], SHORT)[0]
+    assert reply.dropped_turns > 0 and reply.dropped_tokens > 64
+    model.generate_response(messages, max_new_tokens=16)
+    assert f"the oldest {reply.dropped_turns} turns ({reply.dropped_tokens} tokens) were left out" in caplog.text
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1))

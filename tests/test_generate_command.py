@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 
+import ssl_jax
 from ssl_jax import command_line, generate
 from ssl_jax.data.tokenizer import CONTROL_TOKENS
 from ssl_jax.errors import UserError
@@ -94,9 +96,10 @@ def test_a_prompt_longer_than_the_context_is_answered_with_a_note(capsys: pytest
         capsys.readouterr()
         generate.main(["--workdir", str(tiny.finished()), "--max-new-tokens", "16", "--prompt", prompt, "--json"])
         printed = capsys.readouterr()
-        assert "longer than the 48" in printed.err and printed.err.count("\n") == 1
+        assert "note: the conversation is longer than the context" in printed.err and printed.err.count("\n") == 1
         rows.append(json.loads(printed.out))
     assert rows[0]["reply"] == rows[1]["reply"] and rows[0]["logprob"] == rows[1]["logprob"]
+    assert 0 < rows[0]["dropped_tokens"] < rows[1]["dropped_tokens"]
 
 
 def test_a_prompt_that_fits_is_answered_without_a_note(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,13 +124,66 @@ def test_a_prompt_that_fits_is_answered_without_a_note(capsys: pytest.CaptureFix
         (["--prompt", "  \n "], "the prompt is empty"),
         (["--prompt"], "--prompt needs a text"),
         (["--prompt", "caf\udce9"], "not valid UTF-8"),
-        ([], "prompt"),
+        ([], "--prompt needs a text"),
+        (["--prompt", PROMPT, "--chat"], "--chat reads prompts from the input"),
+        (["--prompt", PROMPT, "--stream", "--json"], "--stream prints one reply as text"),
+        (["--prompt", PROMPT, "--model", "gpt2"], "give --workdir DIR or --model"),
+        (["--prompt", PROMPT, "--num-beams", "3"], "set do_sample to false"),
+        (["--prompt", PROMPT, "--num-beams", "2", "--do-sample", "false", "--stream"], "nothing to show"),
+        (["--prompt", PROMPT, "--sequence-bias", "{well: much}"], "sequence_bias.well"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected) as refused:
         generate.main(["--workdir", str(tiny.finished()), *arguments])
     assert str(refused.value).count("\n") <= 1
+
+
+def test_a_stream_prints_the_same_reply(capsys: pytest.CaptureFixture[str]) -> None:
+    assert say(capsys, "--prompt", PROMPT, "--stream") == say(capsys, "--prompt", PROMPT)
+
+
+def test_log_probabilities_of_tokens_come_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = replies(capsys, "--prompt", PROMPT, "--token-logprobs")
+    assert len(row["token_ids"]) == row["tokens"]
+    assert len(row["token_logprobs"]) == row["tokens"] + (row["finish_reason"] == "stop")
+    assert sum(row["token_logprobs"]) == pytest.approx(row["logprob"])
+
+
+def test_a_system_turn_changes_the_reply(capsys: pytest.CaptureFixture[str]) -> None:
+    (plain,), (told,) = replies(capsys, "--prompt", PROMPT), replies(capsys, "--prompt", PROMPT, "--system", "be kind")
+    assert plain["prompt"] == told["prompt"] and plain["logprob"] != told["logprob"]
+
+
+def test_biases_are_a_yaml_mapping(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--prompt", PROMPT, "--do-sample", "false", "--token-logprobs"]
+    (row,) = replies(capsys, *options)
+    first = ssl_jax.load(str(tiny.finished())).tokenizer.decode(row["token_ids"][:1])
+    (other,) = replies(capsys, *options, "--sequence-bias", f"{{{json.dumps(first)}: -100}}")
+    assert other["token_ids"][0] != row["token_ids"][0]
+
+
+def test_a_chat_remembers_what_was_said() -> None:
+    """Line by line from the input; the second reply depends on the first exchange."""
+    arguments = ["--workdir", str(tiny.finished()), "--chat", "--max-new-tokens", "8", "--do-sample", "false"]
+
+    def chat(said: str) -> list[str]:
+        process = subprocess.run(
+            tiny.command("generate", *arguments),
+            input=said, env=tiny.environment(), capture_output=True, text=True, timeout=300, check=True,
+        )  # fmt: skip
+        assert process.stderr == ""
+        return process.stdout.splitlines()
+
+    both = chat("is the apple red?\nis the lamp white?\n")
+    assert len(both) == 2 and both[0] == chat("is the apple red?\n\nis the lamp white?\n")[0]
+    messages = [
+        {"role": "user", "content": "is the apple red?"},
+        {"role": "assistant", "content": both[0]},
+        {"role": "user", "content": "is the lamp white?"},
+    ]
+    model = ssl_jax.load(str(tiny.finished()))
+    assert model.generate_response(messages, max_new_tokens=8, do_sample=False) == [both[1]]
 
 
 def test_help_shows_the_names_that_users_write(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import config, model
+from ssl_jax import attention, config, model
 
+# Every layer scales its attention scores by another factor, so that a layer taken for another is noticed.
 SHAPE = model.GPT2(
     vocab_size=61,
     padded_vocab_size=64,
@@ -20,6 +22,7 @@ SHAPE = model.GPT2(
     n_layer=2,
     n_head=2,
     n_inner=24,
+    scale_attn_by_inverse_layer_idx=True,
     resid_pdrop=0.0,
     embd_pdrop=0.0,
     attn_pdrop=0.0,
@@ -136,6 +139,52 @@ def test_prefill_and_decode_equal_the_forward_pass_for_prompts_of_any_length(par
     assert decode._cache_size() == 1
 
 
+# Attention scale and type, output matrix ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("by_width", "by_layer"), [(True, True), (True, False), (False, True)])
+def test_scaled_scores_are_the_scores_of_scaled_queries(params, by_width, by_layer):
+    """The factors written into the weights of each layer's queries, and the model left to scale nothing."""
+    scaled = dataclasses.replace(SHAPE, scale_attn_weights=by_width, scale_attn_by_inverse_layer_idx=by_layer)
+    plain = dataclasses.replace(SHAPE, scale_attn_weights=False, scale_attn_by_inverse_layer_idx=False)
+    factors_L = np.array([8**-0.5 if by_width else 1.0] * 2) / (np.array([1, 2]) if by_layer else 1)
+    kernel_LDE, bias_LE = (np.array(params["h"]["attn_c_attn"][kind]) for kind in ("kernel", "bias"))
+    kernel_LDE[..., :16] *= factors_L[:, None, None]
+    bias_LE[..., :16] *= factors_L[:, None]
+    by_hand = {**params, "h": {**params["h"], "attn_c_attn": {"kernel": kernel_LDE, "bias": bias_LE}}}
+    found, expected = (forward(*each, *packed(*SEGMENTS)) for each in ((scaled, params), (plain, by_hand)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_upcast_products_are_exact_where_bfloat16_rounds_scaled_queries(params):
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.normal(0, 3, (2, 2, 9, 12)), "bfloat16").astype("float32") for _ in range(3))
+    mask, scale = jnp.tri(9, dtype=bool)[None, None], 12**-0.5
+    exact = attention.attend(query, key, value, mask, scale)
+    half = query.astype("bfloat16"), key.astype("bfloat16"), value
+    np.testing.assert_allclose(attention.attend(*half, mask, scale, upcast=True), exact, rtol=1e-5, atol=1e-5)
+    assert np.abs(attention.attend(*half, mask, scale) - exact).max() > 1e-3
+
+    shape = dataclasses.replace(SHAPE, dtype=jnp.dtype("bfloat16"))
+    upcast = dataclasses.replace(shape, reorder_and_upcast_attn=True)
+    large = jax.tree.map(lambda leaf: 3 * leaf, params)
+    hidden, other = (forward(each, large, *packed(*SEGMENTS)) for each in (upcast, shape))
+    assert hidden.dtype == jnp.bfloat16 and np.any(hidden != other)
+
+
+def test_an_untied_head_is_a_table_of_its_own_that_only_the_output_reads(params):
+    untied = dataclasses.replace(SHAPE, tie_word_embeddings=False, initializer_range=0.1)
+    fresh = jax.jit(model.init, static_argnums=0)(untied, jax.random.key(0))
+    head = fresh["lm_head"]["embedding"]
+    assert head.shape == fresh["wte"]["embedding"].shape == (64, 16)
+    assert float(jnp.std(head)) == pytest.approx(0.1, rel=0.1) and np.any(head != fresh["wte"]["embedding"])
+    np.testing.assert_array_equal(model.output_embedding(fresh, "bfloat16"), head.astype("bfloat16"))
+    np.testing.assert_array_equal(model.output_embedding(params, "float32"), params["wte"]["embedding"])
+    assert model.unstack(untied, fresh)["lm_head"] is fresh["lm_head"]
+    both = {**params, "lm_head": fresh["lm_head"]}
+    np.testing.assert_array_equal(forward(untied, both, *packed([1, 2])), forward(SHAPE, params, *packed([1, 2])))
+
+
 # Dropout --------------------------------------------------------------------------------------------------------------
 
 
@@ -179,21 +228,22 @@ def test_layers_draw_different_dropout(params):
 
     class Stack(nn.Module):
         @nn.compact
-        def __call__(self, x, mask):
+        def __call__(self, x, mask, layers):
             scan: Any = nn.scan
-            layers = scan(
+            stack = scan(
                 model._TrainBlock,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
+                in_axes=(nn.broadcast, 0),
                 length=2,
             )
-            return layers(shape, False, name="h")(x, mask)[0]
+            return stack(shape, False, name="h")(x, mask, layers)[0]
 
     sums: Any = Stack().apply(
         {"params": {"h": blocks}},
         jnp.zeros((4, 16, 16)),
         jnp.ones((4, 1, 16, 16), bool),
+        jnp.arange(2),
         rngs={"dropout": jax.random.key(0)},
     )
     assert set(np.unique(sums).tolist()) == {0.0, 2.0, 4.0}  # equal draws would never keep just one
@@ -241,16 +291,45 @@ def test_config_resolves_against_tokenizer_and_backend():
     assert (exact.padded_vocab_size, exact.n_inner) == (65, 24)
 
 
+@pytest.mark.parametrize(("configured", "rows", "padded"), [(None, 65, 128), (130, 130, 192), (60, 65, 128)])
+def test_the_vocabulary_has_a_row_for_every_token_and_as_many_as_configured(configured, rows, padded):
+    shape = model.GPT2.from_config(config.Model(vocab_size=configured), vocab_size=65)
+    assert (shape.vocab_size, shape.padded_vocab_size) == (rows, padded)
+
+
+def test_every_field_of_the_arithmetic_reaches_the_model():
+    changed: dict[str, Any] = dict(
+        scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True,
+        tie_word_embeddings=False, layer_norm_epsilon=1e-3, activation_function="swish", n_inner=80, n_positions=512,
+        resid_pdrop=0.2, embd_pdrop=0.3, attn_pdrop=0.4, initializer_range=0.03, n_layer=3, n_head=4, n_embd=48,
+    )  # fmt: skip
+    settings = config.Model(**changed)
+    shape = model.GPT2.from_config(settings, vocab_size=65)
+    assert {name: getattr(shape, name) for name in changed} == changed
+    assert all(getattr(config.Model(), name) != value for name, value in changed.items())
+
+
+def test_every_activation_that_the_configuration_offers_exists():
+    offered = typing.get_args(config.Model.model_fields["activation_function"].annotation)
+    assert sorted(offered) == sorted(model.ACTIVATIONS)
+
+
 @pytest.mark.parametrize("name", sorted(model.ACTIVATIONS))
-def test_every_activation_that_the_configuration_offers_exists_and_is_its_function(name):
+def test_every_activation_is_its_function(name):
     x = np.linspace(-3, 3, 7)
     erf = np.array([float(jax.scipy.special.erf(v / np.sqrt(2))) for v in x])
     expected = {
-        "gelu_new": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
         "gelu": 0.5 * x * (1 + erf),
+        "gelu_new": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        "quick_gelu": x / (1 + np.exp(-1.702 * x)),
         "relu": np.maximum(x, 0),
+        "relu2": np.maximum(x, 0) ** 2,
         "silu": x / (1 + np.exp(-x)),
+        "mish": x * np.tanh(np.log1p(np.exp(x))),
         "tanh": np.tanh(x),
-    }[name]
-    np.testing.assert_allclose(model.ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), expected, rtol=1e-5, atol=1e-6)
-    assert config.Model(activation_function=name).activation_function == name  # type: ignore[arg-type]
+    }
+    same = {"gelu_python": "gelu", "swish": "silu"} | dict.fromkeys(
+        ("gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_new"
+    )
+    found = model.ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, expected[same.get(name) or name], rtol=1e-5, atol=1e-6)

@@ -50,14 +50,28 @@ def test_updates_equal_adamw_written_out_by_hand():
         np.testing.assert_allclose(ours[name], value, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_decay_is_for_kernels_and_embeddings_alone_stacked_or_not(scan_layers):
-    shape = model.GPT2(11, 11, 8, 8, 2, 2, 16, scan_layers=scan_layers)
+def test_decay_is_for_kernels_and_embeddings_alone_stacked_or_not(scan_layers, tied):
+    shape = model.GPT2(11, 11, 8, 8, 2, 2, 16, scan_layers=scan_layers, tie_word_embeddings=tied)
     params = jax.eval_shape(lambda key: model.init(shape, key), jax.random.key(0))
     decided = {jax.tree_util.keystr(path): value for path, value in jax.tree.leaves_with_path(decay_mask(params))}
     spared = ("'bias']", "'scale']")
     assert {path for path, value in decided.items() if not value} == {p for p in decided if p.endswith(spared)}
-    assert sum(decided.values()) == 2 + 4 * (1 if scan_layers else 2)
+    assert sum(decided.values()) == (2 if tied else 3) + 4 * (1 if scan_layers else 2)
+
+
+def test_muon_leaves_tables_biases_and_norms_to_adam_an_untied_head_included():
+    """Adam's first update has the same size for every element of an array; an orthogonalized one has not."""
+    shape = model.GPT2(11, 11, 8, 8, 2, 2, 16, tie_word_embeddings=False)
+    rng = np.random.default_rng(0)
+    params = model.init(shape, jax.random.key(0))
+    gradient = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
+    optimizer = make_optimizer(Optimizer(name="muon", weight_decay=0.0), 10)
+    updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+    sizes = {jax.tree_util.keystr(path): np.abs(leaf) for path, leaf in jax.tree.leaves_with_path(updates)}
+    uneven = {path for path, size in sizes.items() if np.ptp(size) > 1e-3 * size.max()}
+    assert uneven == {path for path in sizes if path.endswith("['kernel']")}
 
 
 def rates(steps, total, **fields):

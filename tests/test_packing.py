@@ -1,5 +1,7 @@
 """Windows cover every dialogue, rows hold every window, and nothing sees or predicts what it should not."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,18 +15,30 @@ def cuts(draw):
     sequence_length = draw(st.integers(1, 16))
     lengths = np.array(draw(st.lists(st.integers(0, 70), max_size=12)), np.int64)
     overlap = draw(st.integers(0, sequence_length - 1))
-    first = None
-    if draw(st.booleans()):
+
+    def one_for_each(low, high):
         size = len(lengths)
-        first = np.array(draw(st.lists(st.integers(1, sequence_length), min_size=size, max_size=size)), np.int64)
-    return lengths, sequence_length, overlap, first
+        return np.array(draw(st.lists(st.integers(low, high), min_size=size, max_size=size)), np.int64)
+
+    options = {"overlap": overlap}
+    if draw(st.booleans()):
+        options["first"] = one_for_each(1, sequence_length)
+    if draw(st.booleans()):
+        options["prefix_lengths"] = np.minimum(one_for_each(0, 70), lengths)
+    return lengths, sequence_length, options
+
+
+def repeated_prefixes(lengths, sequence_length, options):
+    """Tokens of each system turn that later windows repeat: at most half of the places that the overlap leaves."""
+    prefix_lengths = options.get("prefix_lengths", np.zeros_like(lengths))
+    return np.minimum(prefix_lengths, (sequence_length - options["overlap"]) // 2)
 
 
 @settings(max_examples=300, deadline=None)
 @given(cuts())
 def test_windows_predict_every_token_but_the_first_exactly_once_and_fit(cut):
-    lengths, sequence_length, overlap, first = cut
-    windows = cut_windows(lengths, sequence_length, overlap=overlap, first=first)
+    lengths, sequence_length, options = cut
+    windows = cut_windows(lengths, sequence_length, **options)
 
     predicted = [[] for _ in lengths]
     for record, target_start, stop in zip(windows.record, windows.target_start, windows.stop, strict=True):
@@ -37,14 +51,84 @@ def test_windows_predict_every_token_but_the_first_exactly_once_and_fit(cut):
 
 @settings(max_examples=300, deadline=None)
 @given(cuts())
-def test_only_later_windows_repeat_context_and_exactly_the_overlap_of_it(cut):
-    lengths, sequence_length, overlap, first = cut
-    windows = cut_windows(lengths, sequence_length, overlap=overlap, first=first)
-    context = windows.target_start - 1 - windows.start
-    is_first = windows.target_start == 1
-    assert not np.any(context[is_first])
-    # Where the dialogue has not yet had as many tokens as the overlap, all of them are repeated.
-    assert np.array_equal(context[~is_first], np.minimum(overlap, windows.target_start[~is_first] - 1))
+def test_only_later_windows_repeat_context_which_is_the_system_turn_and_the_overlap(cut):
+    lengths, sequence_length, options = cut
+    windows = cut_windows(lengths, sequence_length, **options)
+    prefixes = repeated_prefixes(lengths, sequence_length, options)
+    for index, (record, target_start) in enumerate(zip(windows.record, windows.target_start, strict=True)):
+        everything = np.arange(lengths[record])
+        tokens, _ = windows.piece(index, everything, everything)
+        context = tokens[tokens < target_start].tolist()
+        if target_start == 1:
+            assert context == [0]
+            continue
+        # The token before the first target is fed in any case; the overlap comes on top.
+        recent = range(max(0, target_start - 1 - options["overlap"]), target_start)
+        system = range(min(prefixes[record], target_start))
+        assert context == sorted({*system, *recent}), "each once, in the order of the dialogue"
+
+
+@settings(max_examples=100, deadline=None)
+@given(cuts())
+def test_a_system_turn_of_any_length_leaves_windows_half_of_what_the_overlap_leaves_to_advance(cut):
+    lengths, sequence_length, options = cut
+    windows = cut_windows(lengths, sequence_length, **options)
+    inner = (windows.target_start > 1) & (windows.stop < lengths[windows.record])
+    assert np.all(2 * (windows.stop - windows.target_start)[inner] >= sequence_length - options["overlap"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(cuts())
+def test_without_overlap_and_system_turn_windows_lie_end_to_end(cut):
+    """Nothing is fed twice, and every window but the first and the last is full."""
+    lengths, sequence_length, options = cut
+    first = options.get("first", np.full(len(lengths), sequence_length))
+    windows = cut_windows(lengths, sequence_length, first=first, prefix_lengths=np.zeros_like(lengths))
+    expected = []
+    for record, length in enumerate(lengths.tolist()):
+        edges = [0, length - 1]
+        if length - 1 > sequence_length:
+            edges[1:1] = range(int(first[record]), length - 1, sequence_length)
+        expected += [(record, 0, start, start + 1, stop + 1) for start, stop in itertools.pairwise(edges) if length > 1]
+    arrays = (windows.record, windows.prefix, windows.start, windows.target_start, windows.stop)
+    assert list(zip(*(array.tolist() for array in arrays), strict=True)) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(cut=cuts(), context_weight=st.sampled_from([0.0, 0.5]))
+def test_assembled_windows_predict_every_token_once_behind_the_tokens_before_it(cut, context_weight):
+    """Token i of dialogue d is 100 d + i, so that a place of a row says where it comes from."""
+    lengths, sequence_length, options = cut
+    windows = cut_windows(lengths, sequence_length, **options)
+    prefixes = repeated_prefixes(lengths, sequence_length, options)
+    dialogues = [100 * number + np.arange(length) for number, length in enumerate(lengths)]
+    masks = [tokens % 3 == 0 for tokens in dialogues]
+    weights = {}
+    for members in pack(windows.sizes, sequence_length):
+        pieces = []
+        for index in members:
+            record = windows.record[index]
+            pieces.append(windows.piece(index, dialogues[record], masks[record], context_weight))
+            assert len(pieces[-1][0]) == windows.sizes[index] + 1
+        row = assemble(pieces, sequence_length)
+        for segment, index in enumerate(members, start=1):
+            places = row["segment_ids"] == segment
+            tokens, targets, loss_weights = (row[name][places] for name in ("tokens", "targets", "loss_weights"))
+            number, target_start = windows.record[index], windows.target_start[index]
+            assert np.all(targets[loss_weights > 0] == tokens[loss_weights > 0] + 1)
+            predicted = targets % 100 >= target_start
+            assert not loss_weights[~predicted].any(), "what a window repeats, it does not learn again"
+            repeated = min(prefixes[number], target_start) if target_start > 1 else 0
+            assert tokens[:repeated].tolist() == dialogues[number][:repeated].tolist(), "the system turn comes first"
+            for target, weight in zip(targets[predicted].tolist(), loss_weights[predicted].tolist(), strict=True):
+                assert target not in weights
+                weights[target] = weight
+    expected = {
+        int(token): 1.0 if on else context_weight
+        for tokens, mask in zip(dialogues, masks, strict=True)
+        for token, on in zip(tokens[1:], mask[1:], strict=True)
+    }
+    assert weights == expected
 
 
 def test_a_dialogue_that_fits_is_one_window_whatever_its_first_window_should_be():

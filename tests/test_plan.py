@@ -1,5 +1,6 @@
 """The plan gives every step its rows and every impossible wish an error that names the field."""
 
+import dataclasses
 import functools
 import math
 
@@ -136,9 +137,10 @@ def test_rounds_never_fall_before_the_first_step():
 # Costs ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_parameter_count_is_the_sum_of_all_leaves(scan_layers):
-    shape = model.GPT2(61, 61, 24, 16, 3, 2, 40, scan_layers=scan_layers)
+def test_parameter_count_is_the_sum_of_all_leaves(scan_layers, tied):
+    shape = model.GPT2(61, 61, 24, 16, 3, 2, 40, scan_layers=scan_layers, tie_word_embeddings=tied)
     leaves = jax.tree.leaves(jax.eval_shape(functools.partial(model.init, shape), jax.random.key(0)))
     assert plan.parameter_count(shape) == sum(math.prod(leaf.shape) for leaf in leaves)
 
@@ -150,6 +152,14 @@ def test_gpt2_has_its_published_parameter_count_padding_not_counted():
 def test_flops_count_parameters_and_causal_attention():
     shape = model.GPT2(50257, 50304, 1024, 768, 12, 12, 3072)
     assert plan.flops_per_token(shape, 1024) == 6 * 124_439_808 + 6 * 12 * 768 * 1024
+
+
+def test_an_untied_head_costs_memory_but_no_operations():
+    """Tied or not, one table is multiplied with and one is looked up."""
+    tied = model.GPT2(50257, 50304, 1024, 768, 12, 12, 3072)
+    untied = dataclasses.replace(tied, tie_word_embeddings=False)
+    assert plan.parameter_count(untied) == plan.parameter_count(tied) + 50257 * 768
+    assert plan.flops_per_token(untied, 1024) == plan.flops_per_token(tied, 1024)
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_text_that_spells_control_tokens_is_stored_as_text(workspace):
     workspace.labeled([labeled_row(i, reply=f"{reply} {i}") for i in range(20)])
     prepared = workspace.prepare()
     tokenizer = prepared.tokenizer
-    control = {tokenizer.end_of_text_id, tokenizer.end_of_turn_id, *tokenizer.role_ids.values()}
+    control = {*tokenizer.end_ids, *tokenizer.suppressed_ids}
     for one in prepared.encoded("labeled_train"):
         assert sum(token in control for token in one.tokens.tolist()) == 5
     assert reply in tokenizer.decode(prepared.encoded("labeled_train")[0].tokens)

@@ -22,7 +22,11 @@ def prompt(number=0, text="what do you think of the weather today"):
 
 def candidate(text, *, number=0, tokens=None, logprob=-5.0, finish_reason="stop", context=None):
     question = prompt(number) if context is None else prompt(number, context)
-    return Candidate(question, Reply(text, len(text.split()) if tokens is None else tokens, logprob, finish_reason))
+    return Candidate(question, reply(text, len(text.split()) if tokens is None else tokens, logprob, finish_reason))
+
+
+def reply(text: str, tokens: int, logprob: float, finish_reason: str) -> Reply:
+    return Reply(text, (7,) * tokens, (logprob,), finish_reason)
 
 
 def texts(kept):
@@ -173,8 +177,8 @@ class Teacher:
 
 def good(number):
     return [
-        Reply(f"reply {number} is a good one", 6, -3.0 - number, "stop"),
-        Reply(f"reply {number} was cut", 4, -2.0, "length"),
+        reply(f"reply {number} is a good one", 6, -3.0 - number, "stop"),
+        reply(f"reply {number} was cut", 4, -2.0, "length"),
     ]
 
 
@@ -204,7 +208,7 @@ def test_a_round_is_read_back_as_it_was_accepted(tmp_path, monkeypatch):
 
 
 def test_a_round_that_accepts_nothing_is_a_round(tmp_path):
-    summary = hold(tmp_path, lambda number: [Reply("cut off before the", 4, -2.0, "length")])
+    summary = hold(tmp_path, lambda number: [reply("cut off before the", 4, -2.0, "length")])
     assert (summary["accepted"], summary["accept_rate"], summary["mean_score"]) == (0, 0.0, None)
     assert pseudo_labels.read_round(tmp_path, 0) == []
     assert pseudo_labels.read_summary(tmp_path, 0) is not None
@@ -230,7 +234,7 @@ def test_a_finished_round_is_never_overwritten(tmp_path):
     hold(tmp_path, good)
     before = {path.name: path.read_bytes() for path in (tmp_path / "round_0").iterdir()}
     with pytest.raises(OSError):
-        hold(tmp_path, lambda number: [Reply("another reply than before", 4, -2.0, "stop")])
+        hold(tmp_path, lambda number: [reply("another reply than before", 4, -2.0, "stop")])
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "round_0").iterdir()}
 
 

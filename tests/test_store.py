@@ -1,5 +1,6 @@
 """What is stored comes back, from any thread or process, and only complete directories count."""
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -29,7 +30,8 @@ def records(tokenizer, count, role: Role = "assistant"):
             else (Turn(role, f"text {i}"),)
         )
         dialogue = Dialogue(turns, id=f"{role} {i}", metadata={"time": i, "tags": ["ü", None]})
-        yield Record(tokenizer.encode(dialogue, reply_bytes=1000 + i), dialogue)
+        encoded = tokenizer.encode(dialogue, reply_bytes=1000 + i)
+        yield Record(dataclasses.replace(encoded, prefix_length=i % 5, unknown_bytes=i % 3), dialogue)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,8 @@ def prepared(tokenizer, tmp_path_factory):
 
 def same(one, other):
     return (
-        (one.id, one.reply_bytes) == (other.id, other.reply_bytes)
+        (one.id, one.reply_bytes, one.prefix_length, one.unknown_bytes)
+        == (other.id, other.reply_bytes, other.prefix_length, other.unknown_bytes)
         and np.array_equal(one.tokens, other.tokens)
         and np.array_equal(one.loss_mask, other.loss_mask)
         and (one.tokens.dtype, one.loss_mask.dtype) == (np.int32, np.uint8)
@@ -98,6 +101,21 @@ def test_summary_counts_what_is_stored(prepared):
     assert prepared.summary["tokenizer"] == prepared.tokenizer.fingerprint
 
 
+def test_packing_learns_the_lengths_of_system_turns_without_reading_a_record(prepared, monkeypatch):
+    expected = {
+        split: [one.prefix_length for one in prepared.encoded(split)]
+        for split in ("labeled_train", "labeled_test", "raw_train", "prompt_train")
+    }
+    assert set(expected["labeled_train"]) == {0, 1, 2, 3, 4}
+    monkeypatch.setattr(EncodedSplit, "fields", None)
+    reopened = Prepared.open(prepared.directory)
+    for split, lengths in expected.items():
+        assert reopened.prefix_lengths(split).tolist() == lengths
+        assert reopened.prefix_lengths(split).dtype == np.int32
+    with pytest.raises(UserError, match="no split 'labeled_dev'"):
+        reopened.prefix_lengths("labeled_dev")
+
+
 def test_split_can_be_pickled_and_read_from_several_threads(prepared):
     encoded = pickle.loads(pickle.dumps(prepared.encoded("labeled_train")))
     with ThreadPoolExecutor(8) as pool:
@@ -108,7 +126,7 @@ def test_split_can_be_pickled_and_read_from_several_threads(prepared):
 def test_tensorflow_datasets_reads_the_directory_too(prepared):
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(prepared.directory / "dialogues" / "1.0.0")
+    builder = tfds.builder_from_directory(prepared.directory / "dialogues" / "2.0.0")
     (example,) = builder.as_data_source(split="labeled_test[:1]")  # pyright: ignore[reportCallIssue]
     assert example["tokens"].tolist() == prepared.encoded("labeled_test")[0].tokens.tolist()
     assert "tensorflow" not in sys.modules
@@ -168,7 +186,7 @@ def test_foreign_content_in_the_way_is_named_and_left_alone(tokenizer, tmp_path)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not valid JSON"), (json.dumps({"format_version": 0}), "written by another version")],
+    [("{", "not valid JSON"), (json.dumps({"format_version": store.FORMAT_VERSION - 1}), "written by another version")],
 )
 def test_damaged_or_older_directory_says_what_to_do(tmp_path, content, message):
     (tmp_path / "summary.json").write_text(content)

@@ -10,6 +10,7 @@ from ssl_jax.data.tokenizer import EncodedDialogue
 
 LENGTH = 16
 LENGTHS = np.random.default_rng(3).integers(2, 45, 30)  # some dialogues need several windows
+PREFIX_LENGTHS = np.minimum(LENGTHS, np.arange(30) % 8)
 
 
 def dialogues(offset=0):
@@ -49,15 +50,16 @@ def test_a_row_is_the_same_whatever_was_read_before():
     assert rows_equal(stream()[149], expected[149])
 
 
+@pytest.mark.parametrize("repeated", [{}, {"overlap": 5}, {"overlap": 5, "prefix_lengths": PREFIX_LENGTHS}])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_an_epoch_predicts_every_token_but_the_first_of_each_dialogue_once(epoch):
-    rows = epoch_rows(stream(context_weight=1.0), epoch)
+def test_an_epoch_predicts_every_token_but_the_first_of_each_dialogue_once(epoch, repeated):
+    rows = epoch_rows(stream(context_weight=1.0, **repeated), epoch)
     predicted = np.concatenate([row["targets"][row["loss_weights"] > 0] for row in rows])
     expected = np.concatenate([dialogue.tokens[1:] for dialogue in dialogues()])
     assert sorted(predicted.tolist()) == sorted(expected.tolist())
     for row in rows:
-        real = row["segment_ids"] > 0
-        assert np.array_equal(row["targets"][real], row["tokens"][real] + 1), "a target is the next token"
+        learned = row["loss_weights"] > 0 if repeated else row["segment_ids"] > 0
+        assert np.array_equal(row["targets"][learned], row["tokens"][learned] + 1), "a target is the next token"
 
 
 def test_loss_weights_are_the_mask_and_the_context_weight_elsewhere():
@@ -71,6 +73,38 @@ def test_loss_weights_are_the_mask_and_the_context_weight_elsewhere():
 
 def _columns(dialogue):
     return dialogue.tokens, dialogue.loss_mask
+
+
+@pytest.mark.parametrize("overlap", [0, 4])
+def test_later_windows_begin_with_the_system_turn_and_the_overlap_and_do_not_learn_them(overlap):
+    """A prefix of at most 5 tokens fits into half of what the overlap leaves, so that all of it is repeated."""
+    prefix_lengths = np.minimum(PREFIX_LENGTHS, 5)
+    packed = stream(context_weight=0.25, overlap=overlap, prefix_lengths=prefix_lengths)
+    later = 0
+    for row in epoch_rows(packed, 0):
+        for segment in range(1, row["segment_ids"].max() + 1):
+            places = row["segment_ids"] == segment
+            tokens, weights = row["tokens"][places] % 1000, row["loss_weights"][places]
+            prefix = prefix_lengths[row["tokens"][places][0] // 1000]
+            repeated = int(np.flatnonzero(weights)[0])  # places before the one that predicts the first target
+            assert np.all(weights[repeated:] > 0), "context first, then targets"
+            if repeated or tokens[0]:
+                later += 1
+                last = int(tokens[repeated])
+                recent = range(max(0, last - overlap), last + 1)
+                system = range(min(prefix, last + 1))
+                assert tokens[: repeated + 1].tolist() == sorted({*system, *recent})
+    assert later > 20
+
+
+def test_long_dialogues_are_counted_with_the_windows_that_they_are_cut_into():
+    packed = stream(overlap=5, prefix_lengths=PREFIX_LENGTHS)
+    long = LENGTHS - 1 > LENGTH
+    pieces = sum(int(row["segment_ids"].max()) for row in epoch_rows(packed, 1))
+    assert packed.long_dialogues(1) == (long.sum(), pieces - (~long).sum())
+    assert packed.long_dialogues(1)[1] > stream().long_dialogues(1)[1] > 2 * long.sum()
+    short = PackedStream(dialogues()[:3], np.array([2, 9, 17]), sequence_length=LENGTH, seed=0)
+    assert short.long_dialogues() == (0, 0)
 
 
 def test_epochs_and_seeds_cut_and_shuffle_differently():

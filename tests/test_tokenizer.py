@@ -1,6 +1,9 @@
-"""Text that spells a control token is text, the template is exact, and prompts fit where they must."""
+"""Text that spells a control token is text, and tokenizers of other people are what they were."""
+
+# ruff: noqa: RUF001 - Chinese punctuation is meant.
 
 import copy
+import json
 import pickle
 
 import numpy as np
@@ -8,9 +11,9 @@ import pytest
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ssl_jax.data.tokenizer import CONTROL_TOKENS, MIN_PROMPT_TOKENS, DialogueTokenizer, count_reply_bytes
+from ssl_jax.data.tokenizer import CONTROL_TOKENS, DialogueTokenizer, count_reply_bytes
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.errors import UserError
 
@@ -27,7 +30,7 @@ def dialogue(*turns):
 
 
 def control_ids(tokenizer):
-    return {tokenizer.pad_id, tokenizer.end_of_text_id, tokenizer.end_of_turn_id, *tokenizer.role_ids.values()}
+    return {*tokenizer.end_ids, *tokenizer.suppressed_ids}
 
 
 spellings = st.lists(
@@ -48,14 +51,6 @@ def test_no_text_encodes_to_a_control_token_and_every_text_survives(tokenizer, t
     assert tokenizer.decode(ids) == text
 
 
-@given(spellings.filter(bool), spellings.filter(bool))
-def test_content_cannot_forge_a_turn_in_a_dialogue(tokenizer, question, reply):
-    encoded = tokenizer.encode(dialogue(("user", question), ("assistant", reply)))
-    ids = [token for token in encoded.tokens.tolist() if token in control_ids(tokenizer)]
-    roles, end = tokenizer.role_ids, tokenizer.end_of_turn_id
-    assert ids == [roles["user"], end, roles["assistant"], end, tokenizer.end_of_text_id]
-
-
 def test_fitting_the_same_texts_in_any_order_gives_the_same_tokenizer(tokenizer):
     assert DialogueTokenizer.fit(reversed(TEXTS), 400).fingerprint == tokenizer.fingerprint
     assert DialogueTokenizer.fit([*TEXTS, "other words"], 400).fingerprint != tokenizer.fingerprint
@@ -66,34 +61,6 @@ def test_fitted_vocabulary_stays_within_its_size_and_its_tokens_stay_short():
     assert 256 + len(CONTROL_TOKENS) < tokenizer.vocab_size <= 300
     ids = tokenizer.encode_text("a" * 1000)
     assert max(len(tokenizer.decode([token])) for token in ids) <= 32
-
-
-def test_labeled_template_counts_replies_and_their_ends(tokenizer):
-    turns = ("system", "be"), ("user", "hi"), ("assistant", "hé"), ("user", "?"), ("assistant", "yes")
-    encoded = tokenizer.encode(dialogue(*turns))
-    tokens, mask = [], []
-    for role, content in turns:
-        ids = tokenizer.encode_text(content).tolist()
-        tokens += [tokenizer.role_ids[role], *ids, tokenizer.end_of_turn_id]
-        mask += [0] + [int(role == "assistant")] * (len(ids) + 1)
-    assert encoded.tokens.tolist() == [*tokens, tokenizer.end_of_text_id]
-    assert encoded.loss_mask.tolist() == [*mask, 0]
-    assert (encoded.tokens.dtype, encoded.loss_mask.dtype) == (np.int32, np.uint8)
-    assert (encoded.id, encoded.reply_bytes) == ("id", len("hé".encode()) + 3)
-
-
-def test_raw_dialogue_counts_every_token_but_the_first(tokenizer):
-    encoded = tokenizer.encode(dialogue(("text", "one"), ("text", "twö")))
-    assert encoded.tokens[-1] == tokenizer.end_of_text_id
-    assert encoded.loss_mask.tolist() == [0] + [1] * (len(encoded.tokens) - 1)
-    assert encoded.reply_bytes == 7
-
-
-def test_prompt_counts_nothing_and_stays_open(tokenizer):
-    encoded = tokenizer.encode(dialogue(("user", "a"), ("assistant", "b"), ("user", "c")))
-    assert not encoded.loss_mask.any()
-    assert encoded.tokens[-1] == tokenizer.end_of_turn_id
-    assert encoded.reply_bytes == 0
 
 
 def test_bytes_before_cleaning_are_kept_when_given(tokenizer):
@@ -110,65 +77,9 @@ def test_many_dialogues_encode_as_each_alone(tokenizer):
         assert together.loss_mask.tolist() == alone.loss_mask.tolist()
 
 
-def test_prompt_that_fits_is_whole_and_opens_the_reply(tokenizer):
-    turns = ("system", "be"), ("user", "hi"), ("assistant", "ho"), ("user", "so?")
-    complete = tokenizer.encode(dialogue(*turns)).tokens.tolist()
-    assert tokenizer.encode_prompt(dialogue(*turns), 200).tolist() == [*complete, tokenizer.role_ids["assistant"]]
-
-
-def test_prompt_drops_the_oldest_whole_turns_but_not_the_system_turn(tokenizer):
-    turns = [("system", "be"), *(("user" if i % 2 == 0 else "assistant", f"turn {i}") for i in range(9))]
-    kept = tokenizer.encode(dialogue(turns[0], *turns[-3:])).tokens.tolist()
-    for spare in (1, 2):
-        assert tokenizer.encode_prompt(dialogue(*turns), len(kept) + spare).tolist() == [
-            *kept,
-            tokenizer.role_ids["assistant"],
-        ]
-
-
-def test_single_turn_too_long_keeps_its_role_and_its_newest_words(tokenizer):
-    text = " ".join(map(str, range(200)))
-    prompt = tokenizer.encode_prompt(dialogue(("user", text)), 30)
-    assert len(prompt) == 30
-    assert prompt[0] == tokenizer.role_ids["user"]
-    assert text.endswith(tokenizer.decode(prompt))
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text(min_size=1)), min_size=1, max_size=6),
-    st.integers(MIN_PROMPT_TOKENS, 60),
-)
-def test_prompt_never_exceeds_its_limit_and_always_shows_the_newest_turn(tokenizer, turns, max_tokens):
-    prompt = tokenizer.encode_prompt(dialogue(*turns), max_tokens).tolist()
-    assert len(prompt) <= max_tokens
-    assert prompt[-2:] == [tokenizer.end_of_turn_id, tokenizer.role_ids["assistant"]]
-    body = prompt[:-2]
-    start = max(i for i, token in enumerate(body) if token in tokenizer.role_ids.values())
-    shown = body[start + 1 :]
-    content = tokenizer.encode_text(turns[-1][1]).tolist()
-    assert body[start] == tokenizer.role_ids[turns[-1][0]]
-    assert shown and shown == content[len(content) - len(shown) :]
-    assert prompt[0] in tokenizer.role_ids.values()
-    if turns[0][0] == "system":
-        assert prompt[0] == tokenizer.role_ids["system"]
-
-
-def test_prompt_limit_too_small_to_mean_anything_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=f"at least {MIN_PROMPT_TOKENS} tokens"):
-        tokenizer.encode_prompt(dialogue(("user", "hi")), MIN_PROMPT_TOKENS - 1)
-
-
 def test_decoding_skips_control_tokens_and_handles_batches(tokenizer):
     rows = [tokenizer.encode(dialogue(("user", "hi"), ("assistant", text))).tokens for text in (" a", " bc")]
     assert tokenizer.decode_batch(rows) == [tokenizer.decode(row) for row in rows] == ["hi a", "hi bc"]
-
-
-def test_saved_tokenizer_is_the_same_tokenizer(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    loaded = DialogueTokenizer.load(tmp_path)
-    assert (loaded.fingerprint, loaded.vocab_size, loaded.role_ids) == (
-        tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.role_ids,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda tokenizer: pickle.loads(pickle.dumps(tokenizer))])
@@ -177,34 +88,173 @@ def test_copies_still_treat_spelled_control_tokens_as_text(tokenizer, duplicate)
     assert duplicate(tokenizer).encode_text(text).tolist() == tokenizer.encode_text(text).tolist()
 
 
-def test_transformers_reads_the_saved_directory_with_the_same_ids(tokenizer, tmp_path):
-    import transformers
-
-    tokenizer.save(tmp_path)
-    other = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    encoded = tokenizer.encode(dialogue(("user", "hi  you"), ("assistant", "é")))
-    text = "<|user|>hi  you<|endofturn|><|assistant|>é<|endofturn|><|endoftext|>"
-    assert other(text)["input_ids"] == encoded.tokens.tolist()
-    assert (other.eos_token_id, other.pad_token_id) == (tokenizer.end_of_text_id, tokenizer.pad_id)
-    assert len(other) == tokenizer.vocab_size
+def byte_level(texts=TEXTS, size=320, alphabet=True):
+    """A tokenizer as other people have it: bytes and merges, no control tokens of ours."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet() if alphabet else []
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False)
+    )
+    backend.add_special_tokens(["<|endoftext|>"])
+    return backend
 
 
 def test_pretrained_tokenizer_keeps_its_ids_and_gains_the_control_tokens(tmp_path):
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.train_from_iterator(
-        TEXTS,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
-    )
-    backend.add_special_tokens(["<|endoftext|>"])
+    backend = byte_level()
     backend.save(str(tmp_path / "tokenizer.json"))
     size = backend.get_vocab_size()
     loaded = DialogueTokenizer.load(tmp_path)
+    assert loaded.template == "role_tokens"
     assert loaded.end_of_text_id == size - 1
-    assert loaded.vocab_size == size + len(CONTROL_TOKENS) - 1
+    assert (loaded.base_vocab_size, loaded.vocab_size) == (size, size + len(CONTROL_TOKENS) - 1)
     assert loaded.encode_text("hello there").tolist() == backend.encode("hello there").ids
+    assert pickle.loads(pickle.dumps(loaded)).base_vocab_size == size
+
+
+@pytest.mark.parametrize("template", ["plain", "end_of_text"])
+def test_forms_of_a_plain_model_add_no_token(tmp_path, template):
+    backend = byte_level()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = DialogueTokenizer.load(tmp_path, template)
+    end = backend.token_to_id("<|endoftext|>")
+    assert loaded.vocab_size == loaded.base_vocab_size == backend.get_vocab_size()
+    assert (loaded.end_ids, loaded.suppressed_ids, loaded.pad_id) == ((end,), (), end)
+    assert loaded.reply_start.tolist() == [end]
+
+
+def test_end_and_pad_that_the_tokenizer_names_are_used(tmp_path):
+    backend = byte_level()
+    backend.add_special_tokens(["</s>", "<pad>", "<s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}))
+    loaded = DialogueTokenizer.load(tmp_path, "plain")
+    assert loaded.end_ids == (backend.token_to_id("</s>"),)
+    assert loaded.pad_id == backend.token_to_id("<pad>")
+    assert set(loaded.suppressed_ids) == {backend.token_to_id(token) for token in ("<s>", "<pad>", "<|endoftext|>")}
+
+
+def test_directory_of_vocabulary_and_merges_loads_as_gpt2(tmp_path):
+    backend = byte_level()
+    backend.model.save(str(tmp_path))
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    end = len(vocabulary)
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocabulary, "<|endoftext|>": end}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    loaded = DialogueTokenizer.load(tmp_path, fallback="plain")
+    assert (loaded.template, loaded.end_of_text_id, loaded.vocab_size) == ("plain", end, end + 1)
+    text = "hello there, you"
+    assert loaded.encode_text(text).tolist() == backend.encode(text).ids
+
+
+CHINESE_VOCABULARY = ["[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"你好世界，。,.![]'2"]
+CHINESE_VOCABULARY += ["hello", "world", "un", "##k", "what", "s", "up"]
+
+
+@pytest.fixture
+def chinese(tmp_path):
+    """A directory with what uer's Chinese GPT-2 models have, and no more."""
+    (tmp_path / "vocab.txt").write_text("\n".join(CHINESE_VOCABULARY) + "\n", encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "tokenizer_class": "BertTokenizer"}))
+    return tmp_path
+
+
+def test_bert_vocabulary_reads_raw_text_as_its_models_were_trained(chinese):
+    tokenizer = DialogueTokenizer.load(chinese, fallback="plain")
+    ids = {token: number for number, token in enumerate(CHINESE_VOCABULARY)}
+    encoded = tokenizer.encode(dialogue(("text", "你好，世界")))
+    assert encoded.tokens.tolist() == [ids[token] for token in ("[CLS]", *"你好，世界", "[SEP]")]
+    assert encoded.loss_mask.tolist() == [0] + [1] * 6
+    assert tokenizer.end_ids == (ids["[SEP]"],)
+    assert tokenizer.reply_start.tolist() == [ids["[CLS]"]]
+    assert set(tokenizer.suppressed_ids) == {ids[token] for token in ("[PAD]", "[UNK]", "[CLS]", "[MASK]")}
+    assert tokenizer.vocab_size == len(CHINESE_VOCABULARY)
+    assert tokenizer.encode_prompt(dialogue(("user", "你好")), 16).tokens.tolist() == [ids["[CLS]"], 6, 7]
+
+
+def test_bert_vocabulary_gains_role_tokens_and_keeps_its_own_end_and_pad(chinese):
+    tokenizer = DialogueTokenizer.load(chinese)
+    assert tokenizer.template == "role_tokens"
+    assert tokenizer.base_vocab_size == len(CHINESE_VOCABULARY)
+    assert tokenizer.vocab_size == len(CHINESE_VOCABULARY) + 5  # four roles and the end of a turn
+    assert (tokenizer.pad_id, tokenizer.end_of_text_id) == (0, 4)
+
+
+@pytest.mark.parametrize("special", ["[UNK]", "[SEP]", "[CLS]", "[PAD]", "[MASK]"])
+def test_bert_control_token_that_a_user_spells_is_text(chinese, special):
+    tokenizer = DialogueTokenizer.load(chinese, "plain")
+    left, *_, right = (CHINESE_VOCABULARY[token] for token in tokenizer.encode_text(special))
+    assert (left, right) == ("[", "]")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("你好，世界。", "你好，世界。"),
+        ("hello world", "hello world"),
+        ("你好 hello world 世界", "你好hello world世界"),
+        ("what up, world!", "what up, world!"),
+        ("你好 ， 2 世界", "你好，2世界"),
+    ],
+)
+def test_decoding_wordpiece_spaces_latin_words_and_nothing_chinese(chinese, text, shown):
+    tokenizer = DialogueTokenizer.load(chinese, "plain")
+    assert tokenizer.decode(tokenizer.encode_text(text)) == shown
+    assert tokenizer.decode_batch([tokenizer.encode_text(text)] * 2) == [shown] * 2
+
+
+def test_text_that_the_vocabulary_lacks_is_counted_where_the_loss_is(chinese):
+    tokenizer = DialogueTokenizer.load(chinese)
+    replies = ("user", "龍"), ("assistant", "你 好 龍 zebra\u200b"), ("user", "龍"), ("assistant", "hello")
+    assert tokenizer.encode(dialogue(*replies)).unknown_bytes == 3 + 5 + 3
+    assert tokenizer.encode(dialogue(("text", "龍"), ("text", "你龜"))).unknown_bytes == 6
+    assert tokenizer.encode(dialogue(("user", "龍"))).unknown_bytes == 0
+    assert tokenizer.encode(dialogue(("user", "你"), ("assistant", "你好"))).unknown_bytes == 0
+
+
+def test_bytes_that_a_vocabulary_drops_without_a_word_are_counted():
+    tokenizer = DialogueTokenizer(byte_level(["abc abc"] * 5, 20, alphabet=False))
+    assert tokenizer.encode(dialogue(("user", "x"), ("assistant", "abxyc"))).unknown_bytes == 2
+
+
+@given(st.text())
+def test_byte_level_tokenizer_expresses_every_text(tokenizer, text):
+    assert tokenizer.encode(dialogue(("text", text))).unknown_bytes == 0
+
+
+@pytest.mark.parametrize("template", ["role_tokens", "end_of_text", "plain"])
+def test_saved_tokenizer_is_the_same_tokenizer(tmp_path, template):
+    backend = byte_level()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = DialogueTokenizer.load(tmp_path, template)
+    tokenizer.save(tmp_path / "saved")
+    loaded = DialogueTokenizer.load(tmp_path / "saved")
+    assert (loaded.fingerprint, loaded.template) == (tokenizer.fingerprint, template)
+    assert (loaded.end_ids, loaded.suppressed_ids) == (tokenizer.end_ids, tokenizer.suppressed_ids)
+    assert {"vocab.json", "merges.txt", "chat_template.jinja"} <= {file.name for file in (tmp_path / "saved").iterdir()}
+
+
+def test_fingerprint_tells_templates_apart():
+    tokenizers_ = [DialogueTokenizer(byte_level(), template=template) for template in ("plain", "end_of_text")]
+    assert tokenizers_[0].fingerprint != tokenizers_[1].fingerprint
+
+
+def test_another_template_can_be_asked_of_a_saved_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert DialogueTokenizer.load(tmp_path, "plain").template == "plain"
+    assert DialogueTokenizer.load(tmp_path, fallback="plain").template == "role_tokens"
+
+
+def test_saved_chinese_tokenizer_is_the_same_tokenizer(chinese, tmp_path):
+    tokenizer = DialogueTokenizer.load(chinese, "plain")
+    tokenizer.save(tmp_path / "saved")
+    loaded = DialogueTokenizer.load(tmp_path / "saved")
+    raw = dialogue(("text", "你好 what's up"))
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode(raw).tokens.tolist() == tokenizer.encode(raw).tokens.tolist()
+    assert (tmp_path / "saved" / "vocab.txt").read_text(encoding="utf-8").split() == CHINESE_VOCABULARY
 
 
 def test_tokenizer_that_cannot_tell_text_from_control_tokens_is_refused():
@@ -214,9 +264,58 @@ def test_tokenizer_that_cannot_tell_text_from_control_tokens_is_refused():
         DialogueTokenizer(backend)
 
 
+def test_tokenizer_that_writes_its_end_for_unknown_text_is_refused():
+    backend = tokenizers.Tokenizer(models.WordLevel({"<|endoftext|>": 0, "hi": 1}, unk_token="<|endoftext|>"))
+    with pytest.raises(UserError, match="reads text that it cannot express as its end of text"):
+        DialogueTokenizer(backend, template="plain")
+
+
 def test_missing_and_broken_tokenizers_are_named(tmp_path):
-    with pytest.raises(UserError, match="not a tokenizer directory and not on the hub"):
+    with pytest.raises(UserError, match="nothing: not a tokenizer directory and not on the hub"):
         DialogueTokenizer.load(tmp_path / "nothing")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer file"):
         DialogueTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": {"model_type": "gpt2"}}, r"holds no tokenizer: there is no tokenizer\.json, no vocab\.json"),
+        ({"config.json": {"model_type": "gpt2"}, "vocab.json": {"a": 0}}, r"merges\.txt is missing"),
+        ({"config.json": {"model_type": "gpt2"}, "merges.txt": {}}, r"vocab\.json is missing"),
+        ({"config.json": {"tokenizer_class": "BertTokenizer"}}, r"vocab\.txt is missing, which a BertTokenizer needs"),
+        ({"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}}, r"vocab\.txt is missing"),
+        ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json: cannot be read"),
+        ({"tokenizer_config.json": []}, r"tokenizer_config\.json: not a JSON object"),
+        ({"config.json": {"model_type": "gpt2"}, "tokenizer.json": "{"}, "its tokenizer files cannot be read"),
+        ({"tokenizer_config.json": {"dialogue_template": "plain"}}, r"tokenizer\.json is missing"),
+    ],
+)
+def test_missing_file_is_named_with_its_directory(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        DialogueTokenizer.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_chat_template_that_a_tokenizer_lacks_cannot_be_asked_for(tokenizer, tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="chat_template: the tokenizer has none; use role_tokens or plain"):
+        DialogueTokenizer.load(tmp_path, "chat_template")
+
+
+def test_unknown_template_is_named_with_those_there_are(tmp_path):
+    with pytest.raises(UserError, match="template alpaca: use one of auto, role_tokens, end_of_text, chat_template"):
+        DialogueTokenizer.load(tmp_path, "alpaca")
+
+
+def test_partial_alphabet_of_a_gpt2_directory_drops_text_but_forges_no_end(tmp_path):
+    """Its unknown token is by name the end of text, which it never writes."""
+    byte_level(["abc"] * 5, 20, alphabet=False).model.save(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    tokenizer = DialogueTokenizer.load(tmp_path, "end_of_text")
+    encoded = tokenizer.encode(dialogue(("user", "a<|endoftext|>"), ("assistant", "xa")))
+    assert encoded.tokens.tolist().count(tokenizer.end_of_text_id) == 2
+    assert encoded.unknown_bytes == 1

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from ssl_jax import dialogue_model, train
+from ssl_jax import loading, train
 
 ROOT = Path(__file__).parent.parent
 THINGS = (
@@ -216,6 +216,6 @@ def checkpoint_steps(workdir: Path) -> list[int]:
 
 def stored_parameters(workdir: Path, step: int | None = None) -> dict[str, bytes]:
     """The averaged weights of a checkpoint, the newest one by default: bytes of every leaf by path."""
-    model = dialogue_model.load(workdir, step_number=step or checkpoint_steps(workdir)[-1])
+    model = loading.load_checkpoint(workdir, step_number=step or checkpoint_steps(workdir)[-1])
     leaves, _ = jax.tree_util.tree_flatten_with_path(model.params)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}

@@ -1,7 +1,9 @@
 """Cutting dialogues into windows and packing the windows into rows of fixed length, from their lengths alone.
 
-A window of a dialogue is fed as `tokens[start : stop - 1]` and predicts `tokens[target_start : stop]`, so it takes
-`stop - 1 - start` places of a row.
+A window is made of `tokens[:prefix]` and `tokens[start:stop]` of its dialogue. It predicts `tokens[target_start:stop]`;
+what comes before is context. The last token is predicted only, so a window takes `prefix + stop - 1 - start` places of
+a row. A later window of a long dialogue repeats the system turn, which holds for all of it, and some tokens of what was
+said last: the form in which generation reads a dialogue that is longer than the context.
 
 Axes: T places of a row.
 """
@@ -22,12 +24,14 @@ class Windows:
 
     Attributes:
       record: which dialogue.
-      start: first token that is fed.
+      prefix: tokens of the dialogue's beginning that are repeated; 0 where `start` is 0.
+      start: first token after them that is fed.
       target_start: first token that is predicted; later than `start + 1` where the beginning is context only.
       stop: end of the tokens that are predicted.
     """
 
     record: np.ndarray
+    prefix: np.ndarray
     start: np.ndarray
     target_start: np.ndarray
     stop: np.ndarray
@@ -35,26 +39,47 @@ class Windows:
     @property
     def sizes(self) -> np.ndarray:
         """Places that each window takes in a row."""
-        return self.stop - 1 - self.start
+        return self.prefix + self.stop - 1 - self.start
 
     def __len__(self) -> int:
         return len(self.record)
 
-    def span(self, index: int) -> tuple[slice, np.ndarray]:
-        """A window's part of its dialogue's tokens, and which of those it may predict: the rest is context only."""
-        start, stop = self.start[index], self.stop[index]
-        return slice(start, stop), np.arange(start, stop) >= self.target_start[index]
+    def piece(
+        self, index: int, tokens: np.ndarray, loss_mask: np.ndarray, context_weight: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A window's share of its dialogue, for `assemble`.
+
+        Args:
+          index: which window.
+          tokens: of its dialogue, `[n]`.
+          loss_mask: of its dialogue, `[n]`, above 0 where predicting a token counts.
+          context_weight: what predicting the other tokens weighs.
+
+        Returns:
+          Its tokens and float64 loss weights, 0 for those that it only repeats; one more of each than its size.
+        """
+        places = np.concatenate([np.arange(self.prefix[index]), np.arange(self.start[index], self.stop[index])])
+        weights = np.where(loss_mask[places] > 0, 1.0, context_weight)
+        return tokens[places], weights * (places >= self.target_start[index])
 
 
 def cut_windows(
-    lengths: np.ndarray, sequence_length: int, *, overlap: int = 0, first: np.ndarray | None = None
+    lengths: np.ndarray,
+    sequence_length: int,
+    *,
+    overlap: int = 0,
+    prefix_lengths: np.ndarray | None = None,
+    first: np.ndarray | None = None,
 ) -> Windows:
     """Cuts dialogues into windows of at most `sequence_length` places; every token but the first is predicted once.
 
     Args:
       lengths: tokens per dialogue.
       sequence_length: places of a row.
-      overlap: tokens of context that a later window repeats without predicting them.
+      overlap: tokens that a later window repeats as context, besides the one that its first target follows.
+      prefix_lengths: tokens at the beginning of each dialogue that its later windows repeat, none by default. Of a
+        longer prefix the first tokens are repeated, as many as half of the places that the overlap leaves, so that a
+        window advances by at least the other half.
       first: places of the first window of a dialogue that needs several (1 … sequence_length); shifting them between
         epochs shows the model its tokens at other offsets.
     """
@@ -62,17 +87,28 @@ def cut_windows(
         raise ValueError(f"overlap {overlap} must be in [0, {sequence_length})")
     lengths = np.asarray(lengths, np.int64)
     targets = np.maximum(lengths - 1, 0)
+    room = sequence_length - overlap
+    prefix = np.zeros_like(lengths) if prefix_lengths is None else np.minimum(prefix_lengths, room // 2)
     first = np.full(len(lengths), sequence_length) if first is None else np.minimum(first, sequence_length)
     first = np.where(targets <= sequence_length, targets, first)
-    stride = sequence_length - overlap
+    stride = room - prefix
     counts = np.where(targets > 0, 1 + -(-(targets - first) // stride), 0)
     record = np.repeat(np.arange(len(lengths)), counts)
     number = np.arange(len(record)) - np.repeat(np.cumsum(counts) - counts, counts)
     is_first = number == 0
-    target_start = np.where(is_first, 1, 1 + first[record] + (number - 1) * stride)
-    stop = np.where(is_first, 1 + first[record], np.minimum(target_start + stride, lengths[record]))
-    start = np.maximum(target_start - 1 - np.where(is_first, 0, overlap), 0)
-    return Windows(record, start, target_start, stop)
+    prefix, stride, first = prefix[record], stride[record], first[record]
+    target_start = np.where(is_first, 1, 1 + first + (number - 1) * stride)
+    stop = np.where(is_first, 1 + first, np.minimum(target_start + stride, lengths[record]))
+    start = target_start - 1 - overlap
+    # Context that reaches back into the prefix is one piece with it.
+    from_beginning = is_first | (start <= prefix)
+    return Windows(
+        record,
+        prefix=np.where(from_beginning, 0, prefix),
+        start=np.where(from_beginning, 0, start),
+        target_start=target_start,
+        stop=stop,
+    )
 
 
 def pack(sizes: np.ndarray, capacity: int) -> list[list[int]]:

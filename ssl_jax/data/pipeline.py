@@ -25,6 +25,9 @@ from ssl_jax.data.tokenizer import DialogueTokenizer, count_reply_bytes
 from ssl_jax.dialogue import Dialogue
 from ssl_jax.errors import UserError
 
+# What a tokenizer may be made of. Weights often lie beside it, and are no part of it.
+_TOKENIZER_SUFFIXES = {".json", ".txt", ".jinja"}
+
 # A dialogue and the bytes of its replies as the source wrote them.
 _Item = tuple[Dialogue, int]
 
@@ -140,8 +143,9 @@ def _content_hash(config: Config, sources: Sequence[_ResolvedSource]) -> str:
     tokenizer: Any = config.tokenizer.vocab_size
     if config.tokenizer.name_or_path:
         folder = Path(config.tokenizer.name_or_path)
-        files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
-        tokenizer = [config.tokenizer.name_or_path, [[file.name, file_hash(file)] for file in files]]
+        texts = sorted(f for f in folder.iterdir() if f.suffix in _TOKENIZER_SUFFIXES) if folder.is_dir() else []
+        hashes = [[file.name, file_hash(file)] for file in texts]
+        tokenizer = [config.tokenizer.name_or_path, config.tokenizer.template, hashes]
     ingredients = {
         "format_version": store.FORMAT_VERSION,
         "steps": [step.__name__ for step in STEPS],
@@ -163,7 +167,7 @@ def _build(
     say: Callable[[str], None],
 ) -> Prepared:
     name = config.tokenizer.name_or_path
-    pretrained = DialogueTokenizer.load(name) if name else None
+    pretrained = DialogueTokenizer.load(name, template=config.tokenizer.template) if name else None
     gathered = _gather(config, sources)
     rejected = [_rejected_row(row) for row in gathered.rejected]
     _check_rejected(config, gathered, directory, rejected)
@@ -177,7 +181,8 @@ def _build(
     counts = Counts()
     parts = _split_and_clean(config, gathered, counts)
     tokenizer = pretrained or _fit_tokenizer(config, parts)
-    say(f"tokenizer of {tokenizer.vocab_size} tokens{'' if pretrained else ', fitted on the train text'}")
+    made = f", template {tokenizer.template}" if pretrained else ", fitted on the train text"
+    say(f"tokenizer of {tokenizer.vocab_size} tokens{made}")
     summary = {
         "content_hash": content_hash,
         "rejected": dict(collections.Counter(row.reason for row in gathered.rejected)),

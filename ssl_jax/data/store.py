@@ -1,7 +1,8 @@
 """Prepared dialogues on disk: written with TensorFlow Datasets as ArrayRecord, read by random access without it.
 
-A prepared directory holds `dialogues/<version>/*.array_record*` (a TFDS data set), `lengths.npz` (tokens per record
-and split), `tokenizer/`, `summary.json` and `rejected.jsonl`. It is immutable: its name carries the hash of everything
+A prepared directory holds `dialogues/<version>/*.array_record*` (a TFDS data set), `lengths.npz` and
+`prefix_lengths.npz` (tokens of every record and of its system turn, by split, so that rows are packed without reading
+records), `tokenizer/`, `summary.json` and `rejected.jsonl`. It is immutable: its name carries the hash of everything
 that went into it, and it appears under that name only when it is complete.
 """
 
@@ -27,7 +28,7 @@ from ssl_jax.dialogue import Dialogue
 from ssl_jax.errors import UserError
 
 # Raise it when the layout, the record or the meaning of a field changes: older directories are then prepared again.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 LABELED_SPLITS = ("labeled_train", "labeled_dev", "labeled_test", "labeled_test_seen")
 UNLABELED_SPLITS = ("raw_train", "prompt_train")
@@ -35,6 +36,8 @@ SPLITS = LABELED_SPLITS + UNLABELED_SPLITS
 
 _IN_MEMORY_BYTES = 2**27
 _DATASET = "dialogues"
+_LENGTHS = "lengths.npz"
+_PREFIX_LENGTHS = "prefix_lengths.npz"
 _VERSION = f"{FORMAT_VERSION}.0.0"
 
 
@@ -121,6 +124,8 @@ def _decode(fields: Mapping[str, Any]) -> EncodedDialogue:
         tokens=np.frombuffer(fields["tokens"].bytes_list.value[0], np.int32),
         loss_mask=np.frombuffer(fields["loss_mask"].bytes_list.value[0], np.uint8),
         reply_bytes=fields["reply_bytes"].int64_list.value[0],
+        prefix_length=fields["prefix_length"].int64_list.value[0],
+        unknown_bytes=fields["unknown_bytes"].int64_list.value[0],
     )
 
 
@@ -169,6 +174,11 @@ class Prepared:
         self._require(split)
         return self._lengths[split]
 
+    def prefix_lengths(self, split: str) -> np.ndarray:
+        """int32[N]: tokens of the leading system turn of every record of `split`, 0 without one."""
+        self._require(split)
+        return self._prefix_lengths[split]
+
     def encoded(self, split: str) -> EncodedSplit:
         """The token records of `split`, by number."""
         self._require(split)
@@ -189,7 +199,14 @@ class Prepared:
 
     @functools.cached_property
     def _lengths(self) -> dict[str, np.ndarray]:
-        with np.load(self.directory / "lengths.npz") as stored:
+        return self._by_split(_LENGTHS)
+
+    @functools.cached_property
+    def _prefix_lengths(self) -> dict[str, np.ndarray]:
+        return self._by_split(_PREFIX_LENGTHS)
+
+    def _by_split(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(self.directory / name) as stored:
             return {split: stored[split] for split in SPLITS if split in stored}
 
     def _require(self, split: str) -> None:
@@ -222,8 +239,9 @@ def write(
     make_folder(directory.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".incomplete", dir=directory.parent))
     try:
-        lengths = _write_records(temporary, splits)
-        np.savez(temporary / "lengths.npz", **lengths)  # pyright: ignore[reportArgumentType]
+        lengths, prefix_lengths = _write_records(temporary, splits)
+        np.savez(temporary / _LENGTHS, **lengths)  # pyright: ignore[reportArgumentType]
+        np.savez(temporary / _PREFIX_LENGTHS, **prefix_lengths)  # pyright: ignore[reportArgumentType]
         tokenizer.save(temporary / "tokenizer")
         with open(temporary / "rejected.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rejected)
@@ -277,17 +295,21 @@ def _count(lengths: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def _write_records(directory: Path, splits: Mapping[str, Iterable[Record]]) -> dict[str, np.ndarray]:
-    """Writes the TFDS data set; returns the number of tokens of every record, per split that is not empty."""
+def _write_records(
+    directory: Path, splits: Mapping[str, Iterable[Record]]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Writes the TFDS data set; returns tokens of every record and of its prefix, per split that is not empty."""
     import tensorflow_datasets as tfds
 
     lengths: dict[str, list[int]] = {}
+    prefix_lengths: dict[str, list[int]] = {}
 
     def examples(split: str, records: Iterable[Record]) -> Iterator[tuple[int, dict[str, Any]]]:
-        lengths[split] = []
+        lengths[split], prefix_lengths[split] = [], []
         for number, record in enumerate(records):
             encoded, dialogue = record.encoded, record.dialogue
             lengths[split].append(len(encoded.tokens))
+            prefix_lengths[split].append(encoded.prefix_length)
             text = {"id": dialogue.id, "messages": dialogue.to_messages(), "metadata": dict(dialogue.metadata)}
             yield (
                 number,
@@ -296,6 +318,8 @@ def _write_records(directory: Path, splits: Mapping[str, Iterable[Record]]) -> d
                     "tokens": encoded.tokens,
                     "loss_mask": encoded.loss_mask,
                     "reply_bytes": encoded.reply_bytes,
+                    "prefix_length": encoded.prefix_length,
+                    "unknown_bytes": encoded.unknown_bytes,
                     "dialogue": json.dumps(text, ensure_ascii=False),
                 },
             )
@@ -323,6 +347,8 @@ def _write_records(directory: Path, splits: Mapping[str, Iterable[Record]]) -> d
                 "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding=raw),
                 "loss_mask": tfds.features.Tensor(shape=(None,), dtype=np.uint8, encoding=raw),
                 "reply_bytes": tfds.features.Scalar(dtype=np.int64),
+                "prefix_length": tfds.features.Scalar(dtype=np.int64),
+                "unknown_bytes": tfds.features.Scalar(dtype=np.int64),
                 "dialogue": tfds.features.Text(),
             }
             # Records keep their order: their number is how streams name them.
@@ -341,7 +367,11 @@ def _write_records(directory: Path, splits: Mapping[str, Iterable[Record]]) -> d
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, which this is not
         builder.download_and_prepare()
     shutil.rmtree(directory / "downloads", ignore_errors=True)
-    return {split: np.array(lengths[split], np.int32) for split in SPLITS if split in lengths}
+    written = [split for split in SPLITS if split in lengths]
+    return (
+        {split: np.array(lengths[split], np.int32) for split in written},
+        {split: np.array(prefix_lengths[split], np.int32) for split in written},
+    )
 
 
 def _chain(first: Record, rest: Iterator[Record]) -> Iterator[Record]:

@@ -29,6 +29,9 @@ class PackedStream:
       lengths: tokens per dialogue.
       sequence_length: places of a row.
       seed: of the shuffle.
+      prefix_lengths: tokens of each dialogue's system turn, which all windows of a long dialogue begin with; none by
+        default.
+      overlap: tokens of context that a later window of a long dialogue repeats (`train.window_overlap`).
       context_weight: loss weight of a dialogue's tokens that are not targets (`objectives.prompt_loss_weight`).
     """
 
@@ -39,12 +42,16 @@ class PackedStream:
         *,
         sequence_length: int,
         seed: int,
+        prefix_lengths: np.ndarray | None = None,
+        overlap: int = 0,
         context_weight: float = 0.0,
     ):
         if not np.any(np.asarray(lengths) > 1):  # otherwise every epoch is empty, and row 0 is never reached
             raise ValueError("a stream needs at least one dialogue with a token to predict")
         self._dialogues = dialogues
         self._lengths = np.asarray(lengths)
+        self._prefix_lengths = prefix_lengths
+        self._overlap = overlap
         self._sequence_length = sequence_length
         self._seed = seed
         self._context_weight = context_weight
@@ -60,6 +67,12 @@ class PackedStream:
         """Fraction of the places of an epoch's rows that hold tokens."""
         windows, rows = self._plan(epoch)
         return float(windows.sizes.sum()) / (len(rows) * self._sequence_length)
+
+    def long_dialogues(self, epoch: int = 0) -> tuple[int, int]:
+        """How many dialogues are longer than a row, and into how many windows an epoch cuts them."""
+        windows, _ = self._plan(epoch)
+        counts = np.bincount(windows.record)
+        return int((counts > 1).sum()), int(counts[counts > 1].sum())
 
     def epoch_of(self, row: int) -> int:
         """Which pass over the dialogues a row number belongs to."""
@@ -77,9 +90,7 @@ class PackedStream:
 
     def _piece(self, windows: Windows, index: int) -> tuple[np.ndarray, np.ndarray]:
         dialogue = self._dialogues[int(windows.record[index])]
-        span, may_predict = windows.span(index)
-        weights = np.where(dialogue.loss_mask[span] > 0, 1.0, self._context_weight)
-        return dialogue.tokens[span], weights * may_predict
+        return windows.piece(index, dialogue.tokens, dialogue.loss_mask, self._context_weight)
 
     def _reach_epoch(self, epoch: int) -> None:
         while len(self._first_rows) <= epoch + 1:
@@ -89,7 +100,13 @@ class PackedStream:
     def _make_plan(self, epoch: int) -> tuple[Windows, list[list[int]]]:
         rng = np.random.default_rng((self._seed, epoch))
         first = rng.integers(1, self._sequence_length + 1, len(self._lengths))
-        windows = cut_windows(self._lengths, self._sequence_length, first=first)
+        windows = cut_windows(
+            self._lengths,
+            self._sequence_length,
+            overlap=self._overlap,
+            prefix_lengths=self._prefix_lengths,
+            first=first,
+        )
         order = rng.permutation(len(windows))
         rows = pack(windows.sizes[order], self._sequence_length)
         rng.shuffle(rows)

@@ -1,0 +1,86 @@
+"""The model that somebody names: a work directory's checkpoint, a Hugging Face directory, or the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from ssl_jax import config, model, pretrained, sharding, workdir
+from ssl_jax.checkpoint import Checkpoints
+from ssl_jax.config import TemplateName
+from ssl_jax.data.tokenizer import DialogueTokenizer
+from ssl_jax.dialogue_model import DialogueModel
+from ssl_jax.errors import UserError
+
+
+def load(
+    name: str, *, template: TemplateName | Literal["auto"] = "auto", mesh: jax.sharding.Mesh | None = None
+) -> DialogueModel:
+    """The model of a work directory, of a Hugging Face directory, or of the hub.
+
+    Args:
+      name: a directory, or a hub name such as `gpt2`.
+      template: how a Hugging Face model reads dialogues, as `tokenizer.template`; a work directory knows its own.
+      mesh: where the parameters go; None for one device.
+
+    Raises:
+      UserError: nothing by that name, or what is there cannot be used.
+    """
+    directory = Path(name)
+    if (directory / "config.yaml").is_file():
+        return load_checkpoint(directory, mesh=mesh)
+    if directory.is_dir() and not (directory / "config.json").is_file():
+        raise UserError(
+            f"{name} is neither a work directory (it has no config.yaml) nor a Hugging Face model (no config.json)"
+        )
+    shape, params, tokenizer = pretrained.load(name, template=template, mesh=mesh)
+    return DialogueModel(shape, params, tokenizer, mesh)
+
+
+def load_named(
+    workdir_name: str | None, model_name: str | None, template: TemplateName | Literal["auto"] = "auto"
+) -> DialogueModel:
+    """The model that a command's `--workdir` or `--model` names; exactly one of them does."""
+    if workdir_name is not None:
+        return load_checkpoint(Path(workdir_name))
+    assert model_name is not None
+    return load(model_name, template=template)
+
+
+def load_checkpoint(
+    directory: Path, *, step_number: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> DialogueModel:
+    """The model of a work directory: its best checkpoint where the run has one, else its newest good one.
+
+    Raises:
+      UserError: no work directory, or no checkpoint in it that verifies.
+    """
+    settings = workdir.read_config(directory)
+    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
+    if step_number is None:
+        step_number = served_step(checkpoints, settings.train)
+    if step_number is None:
+        raise UserError(
+            f"{directory} has no good checkpoint yet; run python -m ssl_jax.train --config {directory}/config.yaml "
+            f"--workdir {directory}"
+        )
+    tokenizer = DialogueTokenizer.load(directory / workdir.TOKENIZER)
+    shape = model.GPT2.from_config(settings.model, tokenizer.vocab_size)
+    item = "ema" if settings.optimizer.ema_decay else "params"
+    if item == "ema":
+        shape = dataclasses.replace(shape, param_dtype=np.dtype(np.float32))
+    abstract = jax.eval_shape(functools.partial(model.init, shape), jax.random.key(0))
+    if mesh is not None:
+        abstract = sharding.place(abstract, sharding.shard_params(abstract, mesh))
+    return DialogueModel(shape, checkpoints.restore(step_number, {item: abstract})[item], tokenizer, mesh)
+
+
+def served_step(checkpoints: Checkpoints, settings: config.Train) -> int | None:
+    """The verified step that is evaluated and that answers: the best one if so configured, else the newest."""
+    best = checkpoints.best() if settings.load_best_model_at_end else None
+    return checkpoints.newest() if best is None else best
