@@ -163,15 +163,32 @@ def read_generation(directory: Path) -> dict[str, Any]:
     Raises:
       UserError: the file is not JSON.
     """
+    stored = _read_generation(directory)
+    left_out = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+    return {name: value for name, value in stored.items() if name not in left_out and not name.startswith("_")}
+
+
+def read_end_ids(directory: Path) -> tuple[int, ...]:
+    """The tokens that end what the model says, as `generation_config.json` has them; empty where it has none.
+
+    Raises:
+      UserError: the file is not JSON, or has something else in their place.
+    """
+    stored = _read_generation(directory).get("eos_token_id")
+    ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise UserError(f"{directory / GENERATION}: eos_token_id is a token id or a list of them, got {stored!r:.80}")
+    return tuple(ids)
+
+
+def _read_generation(directory: Path) -> dict[str, Any]:
     path = directory / GENERATION
     if not path.is_file():
         return {}
     try:
-        stored = dict(files.read_json(path))
+        return dict(files.read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); copy it again or remove it") from None
-    left_out = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
-    return {name: value for name, value in stored.items() if name not in left_out and not name.startswith("_")}
 
 
 def resolve(settings: config.Model) -> config.Model:

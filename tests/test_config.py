@@ -77,7 +77,7 @@ def test_every_number_has_a_bound_and_refuses_nan(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "section", [Config, Source, *{type(v) for v in vars(Config()).values() if isinstance(v, Section)}]
+    "section", [Config, Source, *(type(v) for v in vars(Config()).values() if isinstance(v, Section))]
 )
 def test_every_group_refuses_unknown_keys(section: type[Section]) -> None:
     with pytest.raises(pydantic.ValidationError, match="extra_forbidden"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import yaml
 
 import ssl_jax
 from ssl_jax import command_line, loading, loop, pretrained
-from ssl_jax.config import Config
+from ssl_jax.config import Config, Sampling
+from ssl_jax.conversation import as_prompt
 from ssl_jax.data.pipeline import prepare
 from ssl_jax.errors import UserError
 from ssl_jax.signals import Signals
@@ -177,3 +179,20 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     prepared = prepare(config, say=lambda _: None)
     with pytest.raises(UserError, match="take the tokenizer that the model was trained with"):
         loop.Run(config, prepared, tmp_path / "run", Signals()).initial_state()
+
+
+def test_a_model_ends_where_its_generation_config_says(tmp_path: Path) -> None:
+    weights = stand_in.gpt2(tmp_path / "weights")
+    (weights / "SHA256SUMS").unlink()
+    model = ssl_jax.load(str(weights))
+    (reply,) = model.draw([as_prompt("is the apple red?")], Sampling(max_new_tokens=16, do_sample=False))[0]
+    end = reply.token_ids[3]
+    path = weights / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [end, model.tokenizer.end_of_text_id]}), encoding="utf-8")
+    (shorter,) = ssl_jax.load(str(weights)).draw(
+        [as_prompt("is the apple red?")], Sampling(max_new_tokens=16, do_sample=False)
+    )[0]
+    assert shorter.token_ids == reply.token_ids[: reply.token_ids.index(end)] and shorter.finish_reason == "stop"
+    path.write_text(json.dumps({"eos_token_id": "</s>"}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id is a token id"):
+        ssl_jax.load(str(weights))

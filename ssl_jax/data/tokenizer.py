@@ -210,6 +210,11 @@ class DialogueTokenizer:
         resolved = wanted or _recorded(files) or fallback
         return cls(files.backend, template=resolved, named_tokens=files.named_tokens, chat_template=files.chat_template)
 
+    def end_also_with(self, ids: Iterable[int]) -> None:
+        """Adds tokens that end an assistant's turn, where a model was trained to write others than the template's."""
+        self.end_ids = tuple(dict.fromkeys((*self.end_ids, *ids)))
+        self.suppressed_ids = tuple(token for token in self.suppressed_ids if token not in self.end_ids)
+
     def save(self, directory: str | Path) -> None:
         """Writes a directory that `load`, `transformers.AutoTokenizer` and its chat template understand."""
         named = self._named_tokens
