@@ -1,57 +1,27 @@
 """Beam search finds the replies that Hugging Face's `generate` finds, token for token and in the same order."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import reference
+from reference import torch
 
-from ssl_jax import beam_search, config, huggingface, model, sampling
-
-torch: Any = pytest.importorskip("torch")
-pytestmark = [
-    pytest.mark.parity,
-    # What the reference's own dependencies deprecate is not ours to fix.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
+from ssl_jax import beam_search, model, sampling
 
 VOCABULARY, BEAMS, NEW_TOKENS = 97, 4, 60
 PROMPTS = ([77], [3, 3, 61, 17, 29, 54, 33, 71, 2, 96])
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """PyTorch's waiting threads would take the cores that XLA compiles on."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def network() -> Any:
-    """A random GPT-2 whose weights are large enough that what it says is varied."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    settings = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=80, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
-    )
-    network = GPT2LMHeadModel(settings).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(6).add_(0.1 * torch.randn_like(parameter))
-    return network
+    return reference.network(6.0, vocab_size=VOCABULARY, n_positions=80, n_embd=32, n_layer=2, n_head=4)
 
 
 @pytest.fixture(scope="module")
 def ours(network: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[model.GPT2, model.Params]:
-    directory: Path = tmp_path_factory.mktemp("network")
-    network.save_pretrained(directory)
-    settings = huggingface.resolve(config.Model(init_from=str(directory), dtype="float32"))
-    shape = model.GPT2.from_config(settings, VOCABULARY)
-    return shape, huggingface.read_params(directory, shape, known_tokens=VOCABULARY)
+    return reference.imported(network, tmp_path_factory.mktemp("network"))
 
 
 search = jax.jit(beam_search.search, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})

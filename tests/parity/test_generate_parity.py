@@ -5,22 +5,15 @@ The reference answers each prompt alone; ours answers all of them in one batch.
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import imported, network, torch
 
-from ssl_jax import config, huggingface, model, sampling
-
-torch: Any = pytest.importorskip("torch")
-pytestmark = [
-    pytest.mark.parity,
-    # What the reference's own dependencies deprecate is not ours to fix.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
+from ssl_jax import model, sampling
 
 VOCABULARY = 211
 PROMPTS = ([11, 5, 23, 142, 8, 90], [77], [3, 3, 161, 17, 29, 54, 133, 71, 2, 96])
@@ -31,31 +24,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """PyTorch's waiting threads would take the cores that XLA compiles on."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def reference(name: str) -> Any:
-    """A random `GPT2LMHeadModel` whose weights are large enough that the likeliest text is varied."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    settings = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=224, n_embd=48, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None,
-        **NETWORKS[name],
+    return network(
+        2.0, vocab_size=VOCABULARY, n_positions=224, n_embd=48, n_layer=2, n_head=4, bos_token_id=None,
+        eos_token_id=None, **NETWORKS[name],
     )  # fmt: skip
-    # Only the eager implementation knows `reorder_and_upcast_attn`.
-    network = GPT2LMHeadModel._from_config(settings, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(2).add_(0.1 * torch.randn_like(parameter))
-    return network
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +38,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[mode
 
     @functools.cache
     def load(name):
-        directory: Path = tmp_path_factory.mktemp("network")
-        reference(name).save_pretrained(directory)
-        settings = huggingface.resolve(config.Model(init_from=str(directory), dtype="float32"))
-        shape = model.GPT2.from_config(settings, VOCABULARY)
-        return shape, huggingface.read_params(directory, shape, known_tokens=VOCABULARY)
+        return imported(reference(name), tmp_path_factory.mktemp("network"))
 
     return load
 

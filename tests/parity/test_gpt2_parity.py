@@ -11,15 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import network, torch
 
 from ssl_jax import attention, config, losses, model, plan
-
-torch: Any = pytest.importorskip("torch")
-pytestmark = [
-    pytest.mark.parity,
-    # What the reference's own dependencies deprecate is not ours to fix.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
 
 LENGTH, ROWS = 256, 2
 CASES: dict[str, dict[str, Any]] = {
@@ -59,31 +53,12 @@ NAMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """PyTorch's waiting threads would take the cores that XLA compiles on."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def reference(case: str) -> Any:
-    """A small `GPT2LMHeadModel` in which no bias is zero and no scale is one."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    settings = GPT2Config(
-        vocab_size=211, n_positions=LENGTH, n_embd=48, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **CASES[case],
+    return network(
+        vocab_size=211, n_positions=LENGTH, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, **CASES[case],
     )  # fmt: skip
-    # Only the eager implementation knows `reorder_and_upcast_attn`.
-    network = GPT2LMHeadModel._from_config(settings, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return network
 
 
 def shape_of(settings: Any, scan_layers: bool) -> model.GPT2:

@@ -7,43 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reference import network, read, torch
 
-from ssl_jax import config, export, export_check, gpt2_tensors, huggingface, model
+from ssl_jax import export, export_check, gpt2_tensors, huggingface, model
 from ssl_jax.data.tokenizer import DialogueTokenizer
-
-torch: Any = pytest.importorskip("torch")
-pytestmark = [
-    pytest.mark.parity,
-    # What the reference's own dependencies deprecate is not ours to fix.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
 
 VOCAB_SIZE, LENGTH = 211, 64
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def reference(folder: Path, dtype: str = "float32", shard: str = "5GB", **fields: Any) -> Any:
-    """A small `GPT2LMHeadModel` in which no bias is zero and no scale is one, and its directory."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    settings: Any = {
-        "vocab_size": VOCAB_SIZE, "n_positions": LENGTH, "n_embd": 48, "n_layer": 3, "n_head": 4, "bos_token_id": 0,
-        "eos_token_id": 0, **fields,
-    }  # fmt: skip
-    network: Any = GPT2LMHeadModel(GPT2Config(**settings)).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    network = network.to(TYPES[dtype])
-    network.save_pretrained(folder, max_shard_size=shard)
-    return network
-
-
-def read(folder: Path, *, scan_layers: bool = True) -> tuple[model.GPT2, model.Params]:
-    settings = huggingface.resolve(config.Model(init_from=str(folder), scan_layers=scan_layers))
-    shape = model.GPT2.from_config(settings, VOCAB_SIZE)
-    return shape, huggingface.read_params(folder, shape, known_tokens=VOCAB_SIZE)
+    """A small network, and its directory."""
+    settings = {"vocab_size": VOCAB_SIZE, "n_positions": LENGTH, "n_embd": 48, "n_layer": 3, "n_head": 4, **fields}
+    made = network(**settings).to(TYPES[dtype])
+    made.save_pretrained(folder, max_shard_size=shard)
+    return made
 
 
 def values(shape: model.GPT2, params: model.Params) -> dict[str, np.ndarray]:
@@ -61,7 +39,7 @@ def test_in_out_and_in_again_leaves_every_weight_as_it_is(
 
     network = reference(tmp_path / "theirs", dtype, shard, tie_word_embeddings=tie)
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == (shard != "5GB")
-    shape, params = read(tmp_path / "theirs", scan_layers=scan_layers)
+    shape, params = read(tmp_path / "theirs", VOCAB_SIZE, scan_layers=scan_layers)
     huggingface.write(
         tmp_path / "ours", shape, params, dtype=dtype, max_shard_bytes=5 * 2**30 if shard == "5GB" else 100_000,
         end_ids=(3, 0), end_of_text_id=0, pad_id=1,
@@ -74,7 +52,7 @@ def test_in_out_and_in_again_leaves_every_weight_as_it_is(
     weights = again.state_dict()
     for name, weight in network.state_dict().items():
         assert torch.equal(weights[name], weight), name
-    first, second = values(shape, params), values(*read(tmp_path / "ours", scan_layers=not scan_layers))
+    first, second = values(shape, params), values(*read(tmp_path / "ours", VOCAB_SIZE, scan_layers=not scan_layers))
     assert first.keys() == second.keys()
     for name, value in first.items():
         np.testing.assert_array_equal(second[name], value, err_msg=name)
@@ -89,7 +67,7 @@ def test_settings_survive_both_ways(tmp_path: Path) -> None:
         "resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.0, "initializer_range": 0.01,
     }  # fmt: skip
     reference(tmp_path / "theirs", **fields)
-    shape, params = read(tmp_path / "theirs")
+    shape, params = read(tmp_path / "theirs", VOCAB_SIZE)
     huggingface.write(tmp_path / "ours", shape, params, end_ids=(0,), end_of_text_id=0, pad_id=1)
     written = GPT2Config.from_pretrained(tmp_path / "ours")
     assert {name: getattr(written, name) for name in fields} == fields

@@ -7,27 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import torch
 
 from ssl_jax import logits_processors, sampling
 
-torch: Any = pytest.importorskip("torch")
-pytestmark = [
-    pytest.mark.parity,
-    # What the reference's own dependencies deprecate is not ours to fix.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
-
 VOCABULARY, PADDED, PLACES = 61, 64, 24
 ROWS, SETTINGS = 20, 10  # ten settings of each processor on twenty rows each: two hundred cases
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """PyTorch's waiting threads would take the cores that XLA compiles on."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from ssl_jax.data.tokenizer import DialogueTokenizer
 from ssl_jax.dialogue import Dialogue, Turn
 
-pytestmark = pytest.mark.parity
-
 TEXTS = [
     "Hello there!\n\nHow are you, my friend?  I'm fine.",
     "user assistant system [INST] role\n",
