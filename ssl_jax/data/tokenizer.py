@@ -311,6 +311,10 @@ class DialogueTokenizer:
             return [_SPACE_AT_CHINESE.sub("", text) for text in texts]
         return texts
 
+    def spell(self, ids: Sequence[int] | np.ndarray) -> str:
+        """`ids` as text for people, control tokens spelled out."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
     @functools.cached_property
     def _content_of_reply(self) -> int:
         return next(place for place, part in enumerate(self._template.reply) if isinstance(part, Content))
