@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from ssl_jax.data import store
 from ssl_jax.data.streams import Batches, PackedStream, Phase
-from ssl_jax.data.tokenizer import EncodedDialogue
+from ssl_jax.data.tokenizer import DialogueTokenizer, EncodedDialogue
+from ssl_jax.dialogue import Dialogue, Turn
 
 LENGTH = 16
 LENGTHS = np.random.default_rng(3).integers(2, 45, 30)  # some dialogues need several windows
@@ -183,9 +185,42 @@ def test_a_run_resumed_at_any_step_reads_the_identical_rest(step):
     assert all(rows_equal(rest[index], whole[done + index]) for index in range(len(rest)))
 
 
-@pytest.mark.parametrize("prefetch", [1, 4])
-def test_reading_ahead_gives_the_batches_in_order_and_ends(prefetch):
+@pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 1), (1, 4), (4, 4)])
+def test_the_batches_are_the_same_whoever_reads_ahead(threads, prefetch):
     source = batches()
-    read = list(source.read(prefetch=prefetch))
+    read = list(source.read(threads=threads, prefetch=prefetch))
     assert len(read) == len(source)
     assert all(rows_equal(batch, source[index]) for index, batch in enumerate(read))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Dialogues of a prepared directory that are read one by one from their shards."""
+    rng = np.random.default_rng(0)
+    records = []
+    for number in range(60):
+        tokens = rng.integers(0, 300, rng.integers(2, 150)).astype(np.int32)
+        encoded = EncodedDialogue(str(number), tokens, np.ones(len(tokens), np.uint8), 1)
+        records.append(store.Record(encoded, Dialogue((Turn("text", "x"),), id=str(number))))
+    tokenizer = DialogueTokenizer.fit(["some text"], 300)
+    directory = tmp_path_factory.mktemp("stored") / "prepared"
+    prepared = store.write(directory, {"raw_train": records}, tokenizer, {}, [])
+    split = prepared.encoded("raw_train")
+    split._fits_in_memory = False
+    return split, prepared.lengths("raw_train")
+
+
+def test_a_run_resumed_at_fifty_moments_reads_the_identical_rest(stored):
+    """From records on disk, over several epochs, whatever was read before."""
+    dialogues, lengths = stored
+    phase = Phase(0, 400, (("raw", 4),), {"raw": 0})
+
+    def reader(start):
+        stream = PackedStream(dialogues, lengths, sequence_length=64, seed=3, overlap=8)
+        resumed = dataclasses.replace(phase, start=start, first_row={"raw": 4 * start})
+        return Batches(resumed, {"raw": stream}, {"raw": 0}, sequence_length=64)
+
+    whole = reader(0)
+    for start in np.random.default_rng(0).choice(390, 50, replace=False):
+        rest = reader(int(start))
+        assert all(rows_equal(rest[index], whole[start + index]) for index in (0, 1, 9))

@@ -101,7 +101,10 @@ class EncodedSplit(Sequence[EncodedDialogue]):
             if not -size <= index < size:
                 raise IndexError(f"record {index} of {size}")
         positions = [index % size for index in indices]
-        return [example.FromString(record).features.feature for record in self._source().__getitems__(positions)]
+        source = self._source()
+        # For several records the library starts threads, at each call anew: a single one comes ten times as fast without.
+        records = [source[positions[0]]] if len(positions) == 1 else source.__getitems__(positions)
+        return [example.FromString(record).features.feature for record in records]
 
     def _source(self) -> Any:
         from array_record.python.array_record_data_source import ArrayRecordDataSource

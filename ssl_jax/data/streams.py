@@ -176,7 +176,12 @@ class Batches:
         batch["stream"] = np.array([self._stream_ids[name] for name, _ in places], np.int32)
         return batch
 
-    def read(self, *, prefetch: int = 4) -> Iterator[Row]:
-        """The batches in order, read ahead by a thread."""
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+    def read(self, *, threads: int = 1, prefetch: int = 4) -> Iterator[Row]:
+        """The batches in order, whoever makes them.
+
+        Args:
+          threads: that read ahead; with 0 every batch is made when it is asked for.
+          prefetch: batches that are ready before they are asked for.
+        """
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
         return iter(grain.MapDataset.source(self).to_iter_dataset(options))
