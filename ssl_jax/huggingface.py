@@ -94,8 +94,9 @@ def locate(name_or_path: str) -> Path:
         if not any(found.glob("*.safetensors")):
             raise UserError(_conversion(name_or_path))
         return found
+    shown = name_or_path if name_or_path.startswith((".", "/", "~")) else f"./{name_or_path}"
     raise UserError(
-        f"{name_or_path}: there is no directory ./{name_or_path}, and {reason}; "
+        f"{name_or_path}: there is no directory {shown}, and {reason}; "
         "name a local directory with config.json and model.safetensors"
     )
 
