@@ -67,7 +67,10 @@ def main(arguments: Sequence[str]) -> None:
 
     from ssl_jax import evaluation, loading
 
-    dialogues = _from_files(command.data) if command.data else _from_run(Path(command.workdir or ""), command.split)
+    if command.data:
+        dialogues = _from_files(command.data, Data() if run is None else run.data)
+    else:
+        dialogues = _from_run(Path(command.workdir or ""), command.split)
     model = loading.load_named(None if command.model else command.workdir, command.model, command.template)
     result = {
         "split": command.data or f"labeled_{command.split}",
@@ -109,19 +112,20 @@ def _from_run(directory: Path, split: str) -> list[tuple[Dialogue, int]]:
     return [(prepared.dialogue(name, index), encoded[index].reply_bytes) for index in range(len(encoded))]
 
 
-def _from_files(path: str) -> list[tuple[Dialogue, int]]:
+def _from_files(path: str, data: Data) -> list[tuple[Dialogue, int]]:
     """Labeled dialogues of files, cleaned as for training, and the bytes of their replies before cleaning."""
-    from ssl_jax.data import clean, formats
+    from ssl_jax.data import formats
+    from ssl_jax.data.cleaning.apply import Counts, clean
     from ssl_jax.data.tokenizer import count_reply_bytes
 
-    rows = list(formats.read(Source(path=path), "labeled", Data().max_turn_bytes))
+    rows = list(formats.read(Source(path=path), "labeled", data.max_turn_bytes))
     good = [(row, count_reply_bytes(row)) for row in rows if not isinstance(row, formats.Rejected)]
     bad = [row for row in rows if isinstance(row, formats.Rejected)]
     if bad:
         _say(f"{len(bad)} of {len(rows)} rows are malformed; first: {bad[0].file}:{bad[0].line}: {bad[0].reason}")
     if not good:
         raise UserError(f"--data {path}: no labeled dialogue; a row has messages that end in an assistant turn")
-    return list(clean.clean(good, clean.Counts()))
+    return list(clean(good, Counts(), data.cleaning))
 
 
 def _say(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -43,10 +44,10 @@ def dialogpt(folder: Path) -> Path:
     return gpt2(folder, chat_template=DIALOGPT_TEMPLATE)
 
 
-def chinese(folder: Path) -> Path:
+def chinese(folder: Path, texts: Iterable[str] = CHINESE) -> Path:
     """As `uer/gpt2-chinese-cluecorpussmall`: a vocabulary of characters for BertTokenizer, and nothing else."""
     folder.mkdir(parents=True)
-    characters = sorted({character for text in CHINESE for character in text if not character.isspace()})
+    characters = sorted({char for text in texts for char in text if not char.isspace()}.difference(LATIN))
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = [*special, *characters, *LATIN, *(f"##{letter}" for letter in LATIN)]
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), encoding="utf-8")

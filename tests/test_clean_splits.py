@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_jax.data import clean as cleaning
-from ssl_jax.data.clean import Counts, clean, drop_duplicates, text_hash
+from ssl_jax.data.cleaning.apply import Counts, clean, step_functions
+from ssl_jax.data.duplicates import drop_duplicates, text_hash
 from ssl_jax.data.splits import assign
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.errors import UserError
@@ -57,7 +57,7 @@ def test_cleaning_twice_is_cleaning_once_and_leaves_text_normal(text):
 
 def test_untouched_dialogue_is_the_same_object():
     dialogue = raw("plain", "text")
-    assert all(step(dialogue) is dialogue for step in cleaning.STEPS)
+    assert all(step(dialogue) is dialogue for _, step in step_functions())
 
 
 def test_text_hash_ignores_roles_and_separates_turns():

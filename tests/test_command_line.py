@@ -4,8 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pydantic
 import pytest
@@ -46,7 +47,8 @@ def leaf_fields(schema: type[pydantic.BaseModel], prefix: str = "") -> list[str]
     """Dotted paths of all fields that are not groups, found independently of the code under test."""
     paths = []
     for name, field in schema.model_fields.items():
-        inner = field.annotation
+        options = [option for option in get_args(field.annotation) if option is not type(None)]
+        inner = options[0] if get_origin(field.annotation) is types.UnionType else field.annotation
         if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
             paths += leaf_fields(inner, f"{prefix}{name}.")
         else:
@@ -229,7 +231,7 @@ def test_help_lists_every_field_with_type_default_bounds_and_meaning(capsys: pyt
         read("--train.steps", "3", "--help")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for path in [*leaf_fields(Config), *(f"data.labeled.N.{name}" for name in Source.model_fields)]:
+    for path in [*leaf_fields(Config), *leaf_fields(Source, "data.labeled.N.")]:
         assert re.search(rf"^  --{re.escape(path)} \S.*\(default: .*\)\n      \S", text, re.MULTILINE), path
     assert "--train.steps INT | none  (default: none, >= 1)" in text
     assert "--config FILE" in text

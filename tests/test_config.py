@@ -112,7 +112,7 @@ def test_a_size_and_a_different_shape_contradict_each_other() -> None:
         ({"model": {"n_embd": 100, "n_head": 3}}, "n_embd 100 must be a multiple of n_head 3"),
         ({"train": {"steps": 1, "num_train_epochs": 1}}, "give steps or num_train_epochs, not both"),
         ({"data": {"test_size": 0.6, "dev_size": 0.4}}, "must leave something to train on"),
-        ({"data": {"labeled": [{}]}}, "exactly one of path, dataset, tfds; found none"),
+        ({"data": {"labeled": [{}]}}, "exactly one of path, dataset, tfds, huggingface; found none"),
         ({"pseudo_labels": {"rounds": [0.5, 0.2]}}, "increasing fractions"),
         ({"pseudo_labels": {"rounds": [1.0]}}, "increasing fractions"),
         ({"mesh": {"data": -1, "fsdp": -1}}, "at most one of them is -1"),

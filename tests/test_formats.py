@@ -45,7 +45,9 @@ def reason(rows):
 
 def test_messages_row_keeps_its_id_and_unknown_keys_become_metadata(read):
     (dialogue,) = read(json.dumps({"messages": PAIR, "id": "a", "rating": 5, "tags": ["x"]}))
-    assert dialogue == Dialogue((Turn("user", "hi"), Turn("assistant", "hello")), "a", {"rating": 5, "tags": ["x"]})
+    assert dialogue == Dialogue(
+        (Turn("user", "hi"), Turn("assistant", "hello")), "a", {"source": "rows.jsonl", "rating": 5, "tags": ["x"]}
+    )
 
 
 def test_row_without_id_is_named_by_file_and_line(read):
@@ -164,7 +166,7 @@ def test_raw_text_is_one_turn_unless_lines_are_split(read):
 def test_other_json_formats_are_recognized_in_lines_and_in_an_array(read, row, expected, as_array):
     (dialogue,) = read(json.dumps([row] if as_array else row), name="rows.json")
     assert turns(dialogue) == expected
-    assert dialogue.metadata == {}
+    assert dialogue.metadata == {"source": "rows.json"}
 
 
 def test_array_elements_are_numbered_and_a_broken_array_is_one_row(read):
@@ -219,23 +221,33 @@ def test_glob_is_sorted_and_without_a_match_an_error(tmp_path):
         formats.find_files(source(path=f"{tmp_path}/*.csv"))
 
 
-@pytest.mark.parametrize(("path", "format"), [("x.jsonl", "whatsapp"), ("x.parquet", "auto"), ("x", "parlai")])
-def test_format_that_cannot_be_read_lists_those_that_can(path, format):
-    with pytest.raises(UserError, match="supported: auto, messages, prompt_completion, sharegpt, alpaca, text, log"):
-        formats.find_files(source(path=path, format=format))
+def test_row_that_names_its_source_keeps_it(read):
+    (dialogue,) = read(json.dumps({"messages": PAIR, "source": "reddit"}))
+    assert dialogue.metadata == {"source": "reddit"}
 
 
-def test_folder_is_refused_with_a_glob_to_use(tmp_path):
-    with pytest.raises(UserError, match=r"is a folder; name its files, for example .*\*\.jsonl"):
-        formats.find_files(source(path=str(tmp_path)))
+def test_text_that_spells_control_tokens_stays_as_it_is(read):
+    said = "<|endoftext|><|user|> [INST] </s>\u0000"
+    (dialogue,) = read(json.dumps({"messages": [{"role": "user", "content": said}, PAIR[1]]}))
+    assert turns(dialogue)[0] == ("user", said)
+
+
+def test_very_many_duplicate_ids_are_rejected_one_by_one(read):
+    row = json.dumps({"messages": PAIR, "id": "same"}) + "\n"
+    first, *rest = read(row * 20_000)
+    assert first.id == "same"
+    assert len(rest) == 19_999 and {bad.reason for bad in rest} == {"duplicate id"} and rest[-1].line == 20_000
 
 
 @given(st.binary(max_size=300), st.sampled_from(["rows.jsonl", "rows.txt"]), st.sampled_from(get_args(Expected)))
-def test_any_bytes_give_rows_and_never_an_exception(tmp_path_factory, content, name, expected):
+def test_any_bytes_give_rows_or_are_refused_as_another_kind_of_file(tmp_path_factory, content, name, expected):
     path = tmp_path_factory.mktemp("any") / name
     path.write_bytes(content)
-    for row in formats.read(source(path=str(path)), expected, 100):
-        assert isinstance(row, Dialogue | Rejected)
+    try:
+        for row in formats.read(source(path=str(path)), expected, 100):
+            assert isinstance(row, Dialogue | Rejected)
+    except UserError as error:
+        assert str(path) in str(error)
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=4))

@@ -214,16 +214,22 @@ def test_no_unlabeled_dialogues_are_an_error_only_if_the_run_wants_them(workspac
     ("source", "message"),
     [
         ({"path": "missing.jsonl"}, "data.labeled: missing.jsonl: no such file"),
-        ({"path": "x.jsonl", "format": "slack"}, "data.labeled: x.jsonl: format slack cannot be read yet"),
+        ({"path": "x.jsonl", "format": "slack"}, "data.labeled: x.jsonl: no such file"),
         ({"path": "x.jsonl", "regime": "logs"}, "regime 'logs' is for packaged data sets"),
+        ({"dataset": "chitchat", "language": "chinese"}, "data.labeled: dataset chitchat is English; remove language"),
         ({"dataset": "chitchat", "regime": "logs"}, "data.labeled: dataset chitchat with regime 'logs'"),
-        ({"tfds": "wikipedia"}, "tfds 'wikipedia' cannot be read yet"),
+        ({"tfds": "wikipedia"}, "data.labeled: tfds wikipedia: TFDS has no such data set"),
     ],
 )
 def test_source_that_cannot_be_read_is_named_before_any_work(workspace, source, message):
     with pytest.raises(UserError, match=message):
         workspace.prepare(labeled=[source])
     assert not (workspace.folder / "prepared").exists()
+
+
+def test_a_packaged_data_set_is_labeled_once(workspace):
+    with pytest.raises(UserError, match=r"data\.labeled: dataset chitchat is named twice"):
+        workspace.prepare(labeled=[{"dataset": "chitchat", "max_dialogues": 3}, {"dataset": "chitchat"}])
 
 
 def test_text_that_spells_control_tokens_is_stored_as_text(workspace):
@@ -292,6 +298,7 @@ def test_packaged_data_set_is_prepared_with_its_own_split(tmp_path, monkeypatch)
     train = set(ids(prepared, "labeled_train")) | set(ids(prepared, "raw_train"))
     assert train == {conversation.id for conversation in split.train}
     assert 0 < len(ids(prepared, "prompt_train")) <= len(split.fragments)
+    assert prepared.dialogue("raw_train", 0).metadata["source"] == "chitchat:logs"
 
 
 def test_the_prepared_folder_shows_the_summary_of_the_last_request(workspace):
@@ -302,3 +309,36 @@ def test_the_prepared_folder_shows_the_summary_of_the_last_request(workspace):
     assert (shown / "summary.json").read_bytes() == (first / "summary.json").read_bytes()
     assert (shown / "summary.json").read_bytes() != (second / "summary.json").read_bytes()
     assert (shown / "rejected.jsonl").read_text() == ""
+
+
+def test_annotations_are_stored_and_summarized(workspace):
+    prepared = workspace.prepare(annotate=["words", "keywords"])
+    annotation = prepared.dialogue("labeled_train", 0).metadata["annotation"]
+    number = prepared.encoded("labeled_train")[0].id.split(":")[1]
+    assert annotation["turns"][0]["words"] == ["question", str(int(number) - 1)]
+    dialogues = sum(len(prepared.lengths(split)) for split in prepared.splits)
+    assert sum(language["dialogues"] for language in prepared.summary["annotation"].values()) == dialogues
+
+
+def test_dialogues_that_do_not_meet_the_conditions_are_removed_and_counted(workspace):
+    prepared = workspace.prepare(keep_if=[{"field": "turns", "at_least": 2}])
+    assert prepared.summary["removed"] == {"keep_if": 5}, "the prompts, which are one turn"
+    assert "prompt_train" not in prepared.splits
+    assert "annotation" not in prepared.dialogue("raw_train", 0).metadata
+
+
+def test_key_phrases_are_told_of_replies_to_train_on_and_of_no_other(workspace):
+    workspace.labeled([labeled_row(i, reply=f"the telescope saw star number {i}") for i in range(60)])
+    prepared = workspace.prepare(keyword_prefix=3)
+    systems = {
+        split: [
+            turn.content
+            for index in range(len(prepared.lengths(split)))
+            for turn in prepared.dialogue(split, index).turns
+            if turn.role == "system"
+        ]
+        for split in prepared.splits
+    }
+    assert len(systems["labeled_train"]) == len(prepared.lengths("labeled_train"))
+    assert all(line.startswith("keywords: ") and "telescope" in line for line in systems["labeled_train"])
+    assert not any(lines for split, lines in systems.items() if split != "labeled_train")

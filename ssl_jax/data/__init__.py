@@ -1,1 +1,1 @@
-"""From the files people have to the token records a run reads: formats, clean, splits, tokenizer, store, pipeline."""
+"""From files to the token records a run reads: formats, cleaning, splits, tokenizer, store, pipeline."""

@@ -11,15 +11,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from ssl_jax.config import Source
 from ssl_jax.data.formats import merge_consecutive
+from ssl_jax.data.packaged import Part, ResolvedSource, user_turns, without_roles
 from ssl_jax.dialogue import Dialogue, Role, Turn
 from ssl_jax.errors import UserError
 
 Regime = Literal["logs", "turns", "prompts", "fragments"]
+
+UNLABELED_REGIMES: tuple[str, ...] = get_args(Regime)
 
 TEST_SIZE = 0.2
 DEV_SIZE = 0.1
@@ -77,6 +81,35 @@ def data_file() -> Path:
     return Path(chitchat_dataset._PATH)
 
 
+def data_files(source: Source) -> list[Path]:
+    """The one file, whatever the source.
+
+    Raises:
+      UserError: the package is not installed, or a language is named.
+    """
+    if source.language:
+        raise UserError("dataset chitchat is English; remove language")
+    return [data_file()]
+
+
+def dialogues(sources: Sequence[ResolvedSource]) -> Iterator[tuple[ResolvedSource, Part | None, Dialogue]]:
+    """What the sources yield, see `Packaged.dialogues`; what a label budget leaves goes to the unlabeled ones."""
+    split = split_by_time(load(sources[0].files[0]))
+    taken = 0
+    for resolved in sources:
+        if resolved.expected == "labeled":
+            parts = labeled(split, resolved.source.max_dialogues)
+            taken = len(parts["train"])
+            for part, found in parts.items():
+                for dialogue in found:
+                    yield resolved, part, dialogue
+    for resolved in sources:
+        regime = resolved.source.regime
+        if resolved.expected == "unlabeled" and regime is not None and regime != "labeled":
+            found = unlabeled(split, regime, taken, resolved.source.max_dialogues)
+            yield from ((resolved, None, dialogue) for dialogue in found)
+
+
 def load(file: Path) -> list[Conversation]:
     """All conversations of the data set, ordered by start, then id."""
     records = json.loads(file.read_bytes())
@@ -108,7 +141,7 @@ def split_by_time(conversations: list[Conversation]) -> TimeSplit:
     )
 
 
-def labeled(split: TimeSplit, max_dialogues: int | None = None, seed: int | None = None) -> dict[str, list[Dialogue]]:
+def labeled(split: TimeSplit, max_dialogues: int | None = None, seed: int | None = None) -> dict[Part, list[Dialogue]]:
     """Dialogues with roles: the first speaker is the user, the second the assistant.
 
     Args:
@@ -119,7 +152,7 @@ def labeled(split: TimeSplit, max_dialogues: int | None = None, seed: int | None
     Returns:
       Lists of train, dev, test and test_seen.
     """
-    parts = {
+    parts: dict[Part, Sequence[Conversation]] = {
         "train": _budget_order(split.train, seed)[:max_dialogues],
         "dev": split.dev,
         "test": split.test,
@@ -185,7 +218,7 @@ def _labeled(conversation: Conversation) -> Dialogue:
 
 
 def _log(conversation: Conversation) -> Iterator[Dialogue]:
-    yield _dialogue(conversation, "", [Turn("text", text) for _, text in _spoken(conversation)])
+    yield without_roles(_dialogue(conversation, "", _with_roles(conversation)))
 
 
 def _turns(conversation: Conversation) -> Iterator[Dialogue]:
@@ -194,9 +227,7 @@ def _turns(conversation: Conversation) -> Iterator[Dialogue]:
 
 
 def _prompts(conversation: Conversation) -> Iterator[Dialogue]:
-    for number, turn in enumerate(_with_roles(conversation)):
-        if turn.role == "user":
-            yield _dialogue(conversation, f"/prompt/{number}", [turn])
+    yield from user_turns(_dialogue(conversation, "", _with_roles(conversation)))
 
 
 def _fragment(conversation: Conversation) -> Iterator[Dialogue]:

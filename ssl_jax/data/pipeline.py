@@ -11,15 +11,17 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ssl_jax import files
-from ssl_jax.config import Config, Source
-from ssl_jax.data import chitchat, formats, splits, store
-from ssl_jax.data.clean import STEPS, Counts, clean, drop_duplicates, text_hash
+from ssl_jax.config import Config, Data, Source
+from ssl_jax.data import annotation, chatterbot, chitchat, formats, named, splits, store
+from ssl_jax.data.cleaning.apply import Counts, clean, step_functions
+from ssl_jax.data.duplicates import drop_duplicates, drop_near_duplicates, refuse_leaks, text_hash
 from ssl_jax.data.formats import Expected, Rejected
+from ssl_jax.data.packaged import Packaged, Part, ResolvedSource
 from ssl_jax.data.store import Prepared, Record
 from ssl_jax.data.tokenizer import DialogueTokenizer, count_reply_bytes
 from ssl_jax.dialogue import Dialogue
@@ -27,6 +29,9 @@ from ssl_jax.errors import UserError
 
 # What a tokenizer may be made of. Weights often lie beside it, and are no part of it.
 _TOKENIZER_SUFFIXES = {".json", ".txt", ".jinja"}
+
+# The data sets that `Source.dataset` names.
+_PACKAGED: Mapping[str, Packaged] = {"chitchat": chitchat, "chatterbot": chatterbot}
 
 # A dialogue and the bytes of its replies as the source wrote them.
 _Item = tuple[Dialogue, int]
@@ -62,20 +67,6 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     return prepared
 
 
-@dataclasses.dataclass(frozen=True)
-class _ResolvedSource:
-    """A source, checked, and the files whose bytes decide what it yields."""
-
-    expected: Expected
-    source: Source
-    files: tuple[Path, ...]
-
-    @property
-    def name(self) -> str:
-        regime = f":{self.source.regime}" if self.source.regime else ""
-        return f"{self.source.path or self.source.dataset}{regime}"
-
-
 @dataclasses.dataclass
 class _Gathered:
     """What the sources yielded, before cleaning."""
@@ -87,7 +78,7 @@ class _Gathered:
     accepted: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
-def _resolve(config: Config) -> list[_ResolvedSource]:
+def _resolve(config: Config) -> list[ResolvedSource]:
     """Finds every source's files, so that a mistake in any of them is reported before work begins."""
     if not config.data.labeled:
         raise UserError("data.labeled: no source; name a file of dialogues that end in an assistant turn")
@@ -103,31 +94,33 @@ def _resolve(config: Config) -> list[_ResolvedSource]:
     )
     for expected, sources in sections:
         for source in sources:
-            resolved.append(_ResolvedSource(expected, source, _source_files(expected, source)))
-    if sum(1 for source in config.data.labeled if source.dataset) > 1:
-        raise UserError("data.labeled: dataset chitchat is named twice")
+            resolved.append(ResolvedSource(expected, source, _source_files(expected, source)))
+    packaged = [(source.dataset, source.language) for source in config.data.labeled if source.dataset]
+    for name, language in packaged:
+        if packaged.count((name, language)) > 1:
+            raise UserError(f"data.labeled: dataset {' '.join([name, *language])} is named twice")
     return resolved
 
 
 def _source_files(expected: Expected, source: Source) -> tuple[Path, ...]:
     where = f"data.{expected}"
-    if source.tfds:
-        raise UserError(f"{where}: tfds {source.tfds!r} cannot be read yet; export it to JSON Lines and name the path")
-    if source.dataset:
-        allowed = (None, "labeled") if expected == "labeled" else ("logs", "turns", "prompts", "fragments")
-        if source.regime not in allowed:
-            names = ", ".join(name for name in allowed if name)
-            raise UserError(f"{where}: dataset {source.dataset} with regime {source.regime!r}; use one of: {names}")
-        return (chitchat.data_file(),)
-    if source.regime:
-        raise UserError(f"{where}: {source.path}: regime {source.regime!r} is for packaged data sets; remove it")
     try:
-        return tuple(formats.find_files(source))
+        if source.dataset:
+            packaged = _PACKAGED[source.dataset]
+            allowed = (None, "labeled") if expected == "labeled" else packaged.UNLABELED_REGIMES
+            if source.regime not in allowed:
+                names = ", ".join(name for name in allowed if name)
+                raise UserError(f"dataset {source.dataset} with regime {source.regime!r}; use one of: {names}")
+            return tuple(packaged.data_files(source))
+        if source.regime:
+            place = ResolvedSource(expected, source, ()).place
+            raise UserError(f"{place}: regime {source.regime!r} is for packaged data sets; remove it")
+        return tuple(formats.find_files(source) if source.path else named.data_files(source))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _content_hash(config: Config, sources: Sequence[_ResolvedSource]) -> str:
+def _content_hash(config: Config, sources: Sequence[ResolvedSource]) -> str:
     """SHA-256 (hex) of all that decides the prepared content: bytes of the sources, settings, and our own version."""
     digests: dict[Path, str] = {}
 
@@ -148,7 +141,6 @@ def _content_hash(config: Config, sources: Sequence[_ResolvedSource]) -> str:
         tokenizer = [config.tokenizer.name_or_path, config.tokenizer.template, hashes]
     ingredients = {
         "format_version": store.FORMAT_VERSION,
-        "steps": [step.__name__ for step in STEPS],
         "data": config.data.model_dump(exclude={"prepared_dir"}),
         "seed": config.seed if config.data.split_by == "fraction" else None,
         "tokenizer": tokenizer,
@@ -161,11 +153,12 @@ def _content_hash(config: Config, sources: Sequence[_ResolvedSource]) -> str:
 
 def _build(
     config: Config,
-    sources: Sequence[_ResolvedSource],
+    sources: Sequence[ResolvedSource],
     directory: Path,
     content_hash: str,
     say: Callable[[str], None],
 ) -> Prepared:
+    step_functions(config.data.cleaning)  # a package that a step lacks is told before any work
     name = config.tokenizer.name_or_path
     pretrained = DialogueTokenizer.load(name, template=config.tokenizer.template) if name else None
     gathered = _gather(config, sources)
@@ -190,55 +183,50 @@ def _build(
         "changed": dict(counts.changed),
         "sources": dict(gathered.accepted),
     }
+    if config.data.annotate:
+        summary["annotation"] = annotation.summarize(dialogue for items in parts.values() for dialogue, _ in items)
     records = {split: _records(items, tokenizer) for split, items in parts.items()}
     return store.write(directory, records, tokenizer, summary, rejected)
 
 
-def _gather(config: Config, sources: Sequence[_ResolvedSource]) -> _Gathered:
-    """Reads every source, in order."""
+def _gather(config: Config, sources: Sequence[ResolvedSource]) -> _Gathered:
+    """Reads every source: the packaged data sets, then the others in order."""
     gathered = _Gathered()
-    names = _short_names([file for resolved in sources if resolved.source.path for file in resolved.files])
+    for name in dict.fromkeys(resolved.source.dataset for resolved in sources if resolved.source.dataset):
+        ours = [resolved for resolved in sources if resolved.source.dataset == name]
+        for resolved, part, row in _PACKAGED[name].dialogues(ours):
+            _add(gathered, resolved, row, part)
+    in_order = [resolved for resolved in sources if not resolved.source.dataset]
+    names = _short_names([file for resolved in in_order if resolved.source.path for file in resolved.files])
+    places = _short_names([Path(resolved.place) for resolved in in_order if not resolved.source.path])
     seen: dict[Expected, dict[str, str]] = {"labeled": {}, "unlabeled": {}}
-    packaged = [resolved for resolved in sources if resolved.source.dataset]
-    _gather_chitchat(packaged, gathered)
-    for resolved in sources:
-        if resolved in packaged:
-            continue
-        accepted = 0
-        target = gathered.unsplit if resolved.expected == "labeled" else gathered.unlabeled
-        for row in formats.read(
-            resolved.source, resolved.expected, config.data.max_turn_bytes, names, seen[resolved.expected]
-        ):
-            if isinstance(row, Rejected):
-                gathered.rejected.append(row)
-                continue
-            target.append((row, count_reply_bytes(row)))
-            accepted += 1
-            if accepted == resolved.source.max_dialogues:
+    for resolved in in_order:
+        source, expected = resolved.source, resolved.expected
+        limit = config.data.max_turn_bytes
+        if source.path:
+            rows = formats.read(source, expected, limit, names, seen[expected])
+        else:
+            name = resolved.name.replace(resolved.place, places[Path(resolved.place)], 1)
+            rows = named.read(source, expected, limit, name, seen[expected])
+        accepted = gathered.accepted[resolved.name]
+        for row in rows:
+            _add(gathered, resolved, row)
+            if source.max_dialogues and gathered.accepted[resolved.name] - accepted == source.max_dialogues:
                 break
-        gathered.accepted[resolved.name] += accepted
     return gathered
 
 
-def _gather_chitchat(packaged: Sequence[_ResolvedSource], gathered: _Gathered) -> None:
-    """Adds the packaged data set's parts; what a label budget leaves goes to the unlabeled regimes."""
-    if not packaged:
+def _add(gathered: _Gathered, resolved: ResolvedSource, row: Dialogue | Rejected, part: Part | None = None) -> None:
+    """Puts a row where it goes, and says in its metadata where it came from unless it knows that itself."""
+    if isinstance(row, Rejected):
+        gathered.rejected.append(row)
         return
-    split = chitchat.split_by_time(chitchat.load(packaged[0].files[0]))
-    labeled = [resolved for resolved in packaged if resolved.expected == "labeled"]
-    taken = 0
-    for resolved in labeled:
-        parts = chitchat.labeled(split, resolved.source.max_dialogues)
-        taken = len(parts["train"])
-        for part, dialogues in parts.items():
-            gathered.labeled[f"labeled_{part}"] += [(dialogue, count_reply_bytes(dialogue)) for dialogue in dialogues]
-            gathered.accepted[resolved.name] += len(dialogues)
-    for resolved in packaged:
-        regime = resolved.source.regime
-        if resolved.expected == "unlabeled" and regime is not None and regime != "labeled":
-            dialogues = chitchat.unlabeled(split, regime, taken, resolved.source.max_dialogues)
-            gathered.unlabeled += [(dialogue, count_reply_bytes(dialogue)) for dialogue in dialogues]
-            gathered.accepted[resolved.name] += len(dialogues)
+    item = dataclasses.replace(row, metadata={"source": resolved.name, **row.metadata}), count_reply_bytes(row)
+    if part is not None:
+        gathered.labeled[f"labeled_{part}"].append(item)
+    else:
+        (gathered.unsplit if resolved.expected == "labeled" else gathered.unlabeled).append(item)
+    gathered.accepted[resolved.name] += 1
 
 
 def _short_names(files: Sequence[Path]) -> dict[Path, str]:
@@ -272,15 +260,15 @@ def _rejected_row(row: Rejected) -> dict[str, Any]:
 
 def _split_and_clean(config: Config, gathered: _Gathered, counts: Counts) -> dict[str, list[_Item]]:
     """Clean dialogues by split, none of them on two sides."""
-    parts = {split: list(clean(gathered.labeled.get(split, ()), counts)) for split in store.LABELED_SPLITS}
-    unsplit = list(clean(gathered.unsplit, counts))
     data = config.data
+    parts = {split: list(_kept(gathered.labeled.get(split, ()), data, counts)) for split in store.LABELED_SPLITS}
+    unsplit = list(_kept(gathered.unsplit, data, counts))
     sides = splits.assign(
-        [dialogue for dialogue, _ in unsplit], data.split_by, data.test_size, data.dev_size, config.seed
+        _dialogues(unsplit), data.split_by, data.test_size, data.dev_size, config.seed, data.near_duplicate_threshold
     )
     for item, side in zip(unsplit, sides, strict=True):
         parts[f"labeled_{side}"].append(item)
-    unlabeled = list(clean(gathered.unlabeled, counts))
+    unlabeled = list(_kept(gathered.unlabeled, data, counts))
     for split, kind in (("raw_train", "raw"), ("prompt_train", "prompt")):
         parts[split] = [item for item in unlabeled if item[0].kind == kind]
 
@@ -295,7 +283,42 @@ def _split_and_clean(config: Config, gathered: _Gathered, counts: Counts) -> dic
     for split in store.UNLABELED_SPLITS:
         # A prompt may repeat raw text: the two are learned from in different ways.
         parts[split] = list(drop_duplicates(parts[split], held_out, set(labeled), counts))
+    if data.near_duplicate_threshold is not None:
+        _drop_near_duplicates(parts, data.near_duplicate_threshold, counts)
+    held_out_dialogues = _dialogues(parts["labeled_test"] + parts["labeled_test_seen"] + parts["labeled_dev"])
+    for split in ("labeled_train", *store.UNLABELED_SPLITS):
+        refuse_leaks(_dialogues(parts[split]), held_out_dialogues)
+    # Last, since it changes texts; and never to held-out dialogues, which it would tell what their reply is about.
+    parts["labeled_train"] = [
+        (annotation.keyword_prefix(dialogue, data.keyword_prefix, data.language), size)
+        for dialogue, size in parts["labeled_train"]
+    ]
     return parts
+
+
+def _kept(items: Iterable[_Item], data: Data, counts: Counts) -> Iterator[_Item]:
+    """Clean dialogues that meet the conditions, annotated."""
+    for dialogue, size in clean(items, counts, data.cleaning):
+        kept = annotation.select(dialogue, data) if data.annotate or data.keep_if else dialogue
+        if kept is None:
+            counts.add("keep_if", dialogue, None)
+        else:
+            yield kept, size
+
+
+def _drop_near_duplicates(parts: dict[str, list[_Item]], threshold: float, counts: Counts) -> None:
+    """Takes what nearly repeats out of `parts`, in the order in which `_split_and_clean` takes out repetitions."""
+    held_out = _dialogues(parts["labeled_test"] + parts["labeled_test_seen"])
+    parts["labeled_dev"] = drop_near_duplicates(parts["labeled_dev"], held_out, (), threshold, counts)
+    held_out += _dialogues(parts["labeled_dev"])
+    parts["labeled_train"] = drop_near_duplicates(parts["labeled_train"], held_out, (), threshold, counts)
+    labeled = _dialogues(parts["labeled_train"])
+    for split in store.UNLABELED_SPLITS:
+        parts[split] = drop_near_duplicates(parts[split], held_out, labeled, threshold, counts)
+
+
+def _dialogues(items: Sequence[_Item]) -> list[Dialogue]:
+    return [dialogue for dialogue, _ in items]
 
 
 def _fit_tokenizer(config: Config, parts: Mapping[str, Sequence[_Item]]) -> DialogueTokenizer:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ssl_jax.data.clean import text_hash
+from ssl_jax.data.duplicates import near_duplicates, text_hash
 from ssl_jax.dialogue import Dialogue
 from ssl_jax.errors import UserError
 
@@ -21,6 +21,7 @@ def assign(
     test_size: float,
     dev_size: float,
     seed: int,
+    near_duplicate_threshold: float | None = None,
 ) -> list[Side]:
     """The side of every dialogue.
 
@@ -28,21 +29,23 @@ def assign(
     fraction: by a permutation of `seed`; sizes are exact.
     group: like hash, by `metadata["group"]`: a group is never on two sides.
     time: the newest by `metadata["time"]` are test, those before them dev.
-    hash and fraction put dialogues of equal text on one side. If chance leaves nothing to train on, the dialogues
-    nearest to it do: a tiny set is trained on rather than held out.
+    hash and fraction put dialogues of equal text on one side, and with `near_duplicate_threshold` those that are nearly
+    equal, where a dialogue that is added later and resembles members of two groups moves the later group. time and
+    group follow what the metadata says. If chance leaves nothing to train on, the dialogues nearest to it do: a tiny
+    set is trained on rather than held out.
 
     Raises:
       UserError: `time` or `group` is missing in a dialogue's metadata, or times cannot be compared.
     """
     match split_by:
         case "hash":
-            first_ids = _first_of_equal_text(dialogues)
+            first_ids = _first_alike(dialogues, near_duplicate_threshold)
             return _by_position([_unit_interval(id) for id in first_ids], test_size, dev_size)
         case "group":
             groups = _metadata(dialogues, "group")
             return _by_position([_unit_interval(repr(group)) for group in groups], test_size, dev_size)
         case "fraction":
-            first_ids = _first_of_equal_text(dialogues)
+            first_ids = _first_alike(dialogues, near_duplicate_threshold)
             units = list(dict.fromkeys(first_ids))
             order = np.random.default_rng(seed).permutation(len(units))
             sides = dict(zip((units[i] for i in order), _by_rank(len(units), test_size, dev_size), strict=True))
@@ -84,10 +87,12 @@ def _metadata(dialogues: Sequence[Dialogue], key: str) -> list[Any]:
     return [dialogue.metadata[key] for dialogue in dialogues]
 
 
-def _first_of_equal_text(dialogues: Sequence[Dialogue]) -> list[str]:
-    """For every dialogue, the id of the first one that has the same text."""
-    first: dict[bytes, str] = {}
-    return [first.setdefault(text_hash(dialogue), dialogue.id) for dialogue in dialogues]
+def _first_alike(dialogues: Sequence[Dialogue], near_duplicate_threshold: float | None) -> list[str]:
+    """For every dialogue, the id of the first one that has the same text, or nearly the same."""
+    if near_duplicate_threshold is not None:
+        return [dialogues[first].id for first in near_duplicates(dialogues, near_duplicate_threshold)]
+    first_ids: dict[bytes, str] = {}
+    return [first_ids.setdefault(text_hash(dialogue), dialogue.id) for dialogue in dialogues]
 
 
 def _unit_interval(text: str) -> float:
