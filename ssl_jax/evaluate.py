@@ -99,10 +99,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def _from_run(directory: Path, split: str) -> list[tuple[Dialogue, int]]:
     """A split of a run's data: dialogues, and the bytes of their replies before cleaning."""
-    from ssl_jax import pretrained
     from ssl_jax.data.pipeline import prepare
 
-    prepared = prepare(pretrained.resolve(workdir.read_config(directory)), say=_say)
+    prepared = prepare(workdir.read_config(directory), say=_say)
     workdir.check_data(directory, prepared.summary)
     name = f"labeled_{split}"
     if name not in prepared.splits:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ssl_jax import command_line
-from ssl_jax.config import Sampling, Section, TemplateName
+from ssl_jax.config import Sampling, Served
 from ssl_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,15 +21,9 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]?I?B)", re.IGNORECASE)
 
 
-class Export(Section):
+class Export(Served):
     """Which model, where to, and in which form."""
 
-    workdir: str | None = Field(default=None, description="Work directory of a run.")
-    model: str | None = Field(default=None, description="Instead: a Hugging Face GPT-2, a directory or a hub name.")
-    template: TemplateName | Literal["auto"] = Field(
-        default="auto",
-        description="How a Hugging Face model reads dialogues; auto: its chat template, else as text.",
-    )
     output: str = Field(description="Directory to write; it must be new, empty or an earlier export.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="Type of the weights.")
     max_shard_size: str = Field(
@@ -46,12 +40,6 @@ class Export(Section):
         if _bytes(value) < 1:
             raise ValueError(f"a size is a number and a unit, such as 500MB or 2GiB, got {value!r}")
         return value
-
-    @model_validator(mode="after")
-    def _one_model(self) -> Export:
-        if (self.workdir is None) == (self.model is None):
-            raise ValueError("give --workdir DIR or --model DIR_OR_HUB_NAME, one of them")
-        return self
 
 
 def main(arguments: Sequence[str]) -> None:

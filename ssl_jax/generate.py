@@ -6,12 +6,12 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
 from ssl_jax import command_line
-from ssl_jax.config import Sampling, TemplateName
+from ssl_jax.config import Sampling, Served
 
 if TYPE_CHECKING:
     from ssl_jax.conversation import Messages
@@ -20,15 +20,9 @@ if TYPE_CHECKING:
     from ssl_jax.replies import Reply
 
 
-class Generate(Sampling):
+class Generate(Sampling, Served):
     """What to say, to whom, and how to draw the answer."""
 
-    workdir: str | None = Field(default=None, description="Work directory of a run.")
-    model: str | None = Field(default=None, description="Instead: a Hugging Face GPT-2, a directory or a hub name.")
-    template: TemplateName | Literal["auto"] = Field(
-        default="auto",
-        description="How a Hugging Face model reads dialogues; auto: its chat template, else as text.",
-    )
     prompt: tuple[str, ...] = Field(default=(), description="What the user says; several prompts are answered in turn.")
     chat: bool = Field(default=False, description="Read what the user says line by line and keep the conversation.")
     system: str | None = Field(default=None, description="Text of a system turn before the conversation.")
@@ -41,8 +35,6 @@ class Generate(Sampling):
 
     @model_validator(mode="after")
     def _one_thing_to_do(self) -> Generate:
-        if (self.workdir is None) == (self.model is None):
-            raise ValueError("give --workdir DIR or --model DIR_OR_HUB_NAME, one of them")
         if self.chat and (self.prompt or self.json_lines or self.num_return_sequences > 1):
             raise ValueError("--chat reads prompts from the input; drop --prompt, --json and --num-return-sequences")
         if not self.chat and not self.prompt:

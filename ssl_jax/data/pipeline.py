@@ -285,9 +285,10 @@ def _split_and_clean(config: Config, gathered: _Gathered, counts: Counts) -> dic
         parts[split] = list(drop_duplicates(parts[split], held_out, set(labeled), counts))
     if data.near_duplicate_threshold is not None:
         _drop_near_duplicates(parts, data.near_duplicate_threshold, counts)
-    held_out_dialogues = _dialogues(parts["labeled_test"] + parts["labeled_test_seen"] + parts["labeled_dev"])
-    for split in ("labeled_train", *store.UNLABELED_SPLITS):
-        refuse_leaks(_dialogues(parts[split]), held_out_dialogues)
+    refuse_leaks(
+        [dialogue for split in ("labeled_train", *store.UNLABELED_SPLITS) for dialogue in _dialogues(parts[split])],
+        _dialogues(parts["labeled_test"] + parts["labeled_test_seen"] + parts["labeled_dev"]),
+    )
     # Last, since it changes texts; and never to held-out dialogues, which it would tell what their reply is about.
     parts["labeled_train"] = [
         (annotation.keyword_prefix(dialogue, data.keyword_prefix, data.language), size)
@@ -299,7 +300,7 @@ def _split_and_clean(config: Config, gathered: _Gathered, counts: Counts) -> dic
 def _kept(items: Iterable[_Item], data: Data, counts: Counts) -> Iterator[_Item]:
     """Clean dialogues that meet the conditions, annotated."""
     for dialogue, size in clean(items, counts, data.cleaning):
-        kept = annotation.select(dialogue, data) if data.annotate or data.keep_if else dialogue
+        kept = annotation.select(dialogue, data)
         if kept is None:
             counts.add("keep_if", dialogue, None)
         else:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ssl_jax.config import Source
+from ssl_jax.data.formats import json_text
 from ssl_jax.data.formats.lines import MAX_LINE_BYTES
-from ssl_jax.data.formats.rows import BadRow, Row, speaking_turns
+from ssl_jax.data.formats.rows import BadRow, Row, attempt, speaking_turns
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +54,13 @@ class Chat:
     key: str
     name: str | None = None
     own_ids: bool = True
+
+
+def parsed(number: int, item: Any, parse: Callable[[int, Any], Message]) -> Message | BadRow:
+    """The message that `parse` makes of an item of an export's list, or why it is none."""
+    if isinstance(item, BadRow):
+        return item.at(number)
+    return attempt(number, lambda: parse(number, json_text.checked(item)))
 
 
 def dialogues(

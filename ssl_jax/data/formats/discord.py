@@ -9,9 +9,9 @@ from typing import Any
 
 from ssl_jax.config import Source
 from ssl_jax.data.formats import json_text
-from ssl_jax.data.formats.chat import Chat, Message, dialogues, in_order, utc
+from ssl_jax.data.formats.chat import Chat, Message, dialogues, in_order, parsed, utc
 from ssl_jax.data.formats.lines import document
-from ssl_jax.data.formats.rows import BadRow, Row, attempt
+from ssl_jax.data.formats.rows import BadRow, Row
 
 # Messages that somebody wrote; all other types say that something happened.
 _WRITTEN = frozenset({"Default", "Reply", "ThreadStarterMessage", "ChatInputCommand", "ApplicationCommand", "0", "19"})
@@ -39,10 +39,10 @@ def read(file: Path, source: Source, name: str) -> Iterator[Row | BadRow]:
         channel = {"id": found[1]} if found else {}
     if damage:
         items.append(damage)
-    parsed = [_parsed(number, item) for number, item in enumerate(items, 1)]
+    found_messages = [parsed(number, item, _message) for number, item in enumerate(items, 1)]
     key = channel.get("id")
     chat = Chat(f"discord/{key}" if key else name, channel.get("name"), own_ids=key is not None)
-    yield from dialogues(in_order(parsed), chat, source)
+    yield from dialogues(in_order(found_messages), chat, source)
 
 
 def is_discord(value: Mapping[str, Any]) -> bool:
@@ -52,12 +52,6 @@ def is_discord(value: Mapping[str, Any]) -> bool:
 
 def _is_message(value: Mapping[str, Any]) -> bool:
     return {"id", "timestamp", "content"} <= value.keys()
-
-
-def _parsed(number: int, item: Any) -> Message | BadRow:
-    if isinstance(item, BadRow):
-        return item.at(number)
-    return attempt(number, lambda: _message(number, json_text.checked(item)))
 
 
 def _message(number: int, value: Any) -> Message:

@@ -9,9 +9,9 @@ from typing import Any
 
 from ssl_jax.config import Source
 from ssl_jax.data.formats import json_text
-from ssl_jax.data.formats.chat import Chat, Message, dialogues, in_order, utc
+from ssl_jax.data.formats.chat import Chat, Message, dialogues, in_order, parsed, utc
 from ssl_jax.data.formats.lines import document
-from ssl_jax.data.formats.rows import BadRow, Row, attempt
+from ssl_jax.data.formats.rows import BadRow, Row
 
 # The lists of chats in an export of everything.
 _LISTS = ("chats", "left_chats")
@@ -32,9 +32,9 @@ def read(file: Path, source: Source, name: str) -> Iterator[Row | BadRow]:
         if value is not None:
             yield BadRow("no messages", "not a chat that Telegram exported", 1)
     for chat, messages in chats:
-        parsed = [_parsed(number + at, item) for at, item in enumerate(messages, 1)]
+        found_messages = [parsed(number + at, item, _message) for at, item in enumerate(messages, 1)]
         number += len(messages)
-        yield from dialogues(in_order(parsed), chat, source)
+        yield from dialogues(in_order(found_messages), chat, source)
     if damage:
         yield damage.at(number + 1)
 
@@ -97,12 +97,6 @@ def _recovered_chats(text: str, name: str) -> Iterator[tuple[Chat, Sequence[Any]
         else:
             messages.append(item)
     yield current, messages
-
-
-def _parsed(number: int, item: Any) -> Message | BadRow:
-    if isinstance(item, BadRow):
-        return item.at(number)
-    return attempt(number, lambda: _message(number, json_text.checked(item)))
 
 
 def _message(number: int, value: Any) -> Message:
