@@ -22,9 +22,10 @@ from pydantic import Field
 
 from ssl_jax import command_line, files
 from ssl_jax.config import Config, Section
-from ssl_jax.data import store
+from ssl_jax.data import shards
 from ssl_jax.data.pipeline import prepare
-from ssl_jax.data.store import Prepared, Record
+from ssl_jax.data.shards import Record
+from ssl_jax.data.store import Prepared
 from ssl_jax.data.streams import Batches, PackedStream, Phase
 from ssl_jax.errors import UserError
 
@@ -70,10 +71,10 @@ def enlarged(prepared: Prepared, tokens: int, directory: Path) -> Prepared:
     def records() -> Iterator[Record]:
         for copy in range(copies):
             for dialogue, text in zip(encoded, texts, strict=True):
-                yield Record(dataclasses.replace(dialogue, id=f"{dialogue.id}#{copy}"), text)
+                yield Record.of(dataclasses.replace(dialogue, id=f"{dialogue.id}#{copy}"), text)
 
     summary = {name: prepared.summary[name] for name in ("content_hash", "rejected", "removed", "changed", "sources")}
-    return store.write(directory, {SPLIT: records()}, prepared.tokenizer, summary, [])
+    return shards.write(directory, {SPLIT: records()}, prepared.tokenizer, summary, [])
 
 
 def measure(places: dict[str, Prepared], options: Options) -> dict[str, Any]:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+_BUFFER_BYTES = 2**20
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose content replaces that of a file when the context ends without an exception."""
+    temporary = partial_path(path)
+    try:
+        with temporary.open("wb", _BUFFER_BYTES) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def partial_path(path: Path) -> Path:
+    """A name beside `path` for what will replace it, which no other attempt to do the same uses."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a UTF-8 file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    with replacing(path) as stream:
+        stream.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

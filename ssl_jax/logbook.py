@@ -294,7 +294,8 @@ class _TimeLeft:
 def describe(values: Mapping[str, float]) -> list[str]:
     """What a person wants to read of the metrics, in a few words each.
 
-    Totals (`tokens`, `tokens/<stream>`) and `grad_norm` are for scripts; they are shown where nothing else is.
+    Totals (`tokens`, `tokens/<stream>`, `epoch/<stream>`) and `grad_norm` are for scripts; they are shown where nothing
+    else is.
     """
     parts = []
     if "loss" in values:

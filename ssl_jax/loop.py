@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from ssl_jax import (
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Config
 from ssl_jax.conversation import as_prompt
+from ssl_jax.data.mixture import describe_weights, dialogue_weights
 from ssl_jax.data.store import Prepared
 from ssl_jax.data.streams import Batches, PackedStream, Phase
+from ssl_jax.dialogue import Dialogue
 from ssl_jax.dialogue_model import DialogueModel
 from ssl_jax.errors import Preempted, TrainingDiverged
-from ssl_jax.logbook import Logbook
+from ssl_jax.logbook import Logbook, format_count
 from ssl_jax.optimizer import learning_rate_schedule, make_optimizer
 from ssl_jax.progress import Progress, Window
 from ssl_jax.signals import Signals
@@ -131,14 +133,7 @@ class Run:
         start = first
         while start < self.plan.total_steps:
             phase = next(phase for phase in self.plan.phases(self._accepted()) if phase.start <= start < phase.stop)
-            yield dataclasses.replace(
-                phase,
-                start=start,
-                first_row={
-                    **phase.first_row,
-                    **{name: phase.first_row[name] + count * (start - phase.start) for name, count in phase.rows},
-                },
-            )
+            yield dataclasses.replace(phase, start=start, first_row=phase.drawn_before(start))
             start = phase.stop
 
     def _phase(self, phase: Phase, state: step.TrainState, progress: Progress, logbook: Logbook) -> step.TrainState:
@@ -147,7 +142,8 @@ class Run:
             self._hold_round(self.plan.round_steps.index(phase.start), phase.start, state, progress, logbook)
             phase = next(self._phases(phase.start))
         streams = self.streams
-        if "pseudo" in dict(phase.rows):
+        # Steps at the end that draw no pseudo-labels still log how often they were passed over.
+        if "pseudo" in dict(phase.rows) or phase.first_row["pseudo"]:
             streams = {**streams, "pseudo": self._pseudo_stream(phase.start)}
         batches = Batches(
             phase,
@@ -166,13 +162,13 @@ class Run:
                 state, metrics = self.train_step(state, sharding.put_batch(batch, self.mesh), self._key)
             # The device is busy with this step while the host reads the metrics of the last one.
             if late is not None:
-                self._record(late, window, progress, logbook)
+                self._record(late, batches, window, progress, logbook)
             late = (number + 1, metrics, fed)
             done = number + 1
             evaluates, saves = done % train.eval_steps == 0, done % train.save_steps == 0
             stops = self.signals.received is not None
             if evaluates or saves or stops or done == phase.stop:
-                self._record(late, window, progress, logbook)
+                self._record(late, batches, window, progress, logbook)
                 late = None
                 metric = self._evaluate(done, state, progress, logbook) if evaluates else None
                 if evaluates or saves or stops:
@@ -182,7 +178,12 @@ class Run:
         return state
 
     def _record(
-        self, late: tuple[int, step.Metrics, dict[str, int]], window: Window, progress: Progress, logbook: Logbook
+        self,
+        late: tuple[int, step.Metrics, dict[str, int]],
+        batches: Batches,
+        window: Window,
+        progress: Progress,
+        logbook: Logbook,
     ) -> None:
         number, device_metrics, fed = late
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
@@ -201,6 +202,7 @@ class Run:
             rate = window.tokens_per_second()
             values |= {"tokens": sum(progress.tokens.values()), "tokens_per_sec": rate}
             values |= {f"tokens/{name}": count for name, count in progress.tokens.items()}
+            values |= {f"epoch/{name}": passes for name, passes in batches.passes(number).items()}
             peak = plan.device_peak_flops(jax.devices()[0].device_kind)
             if peak is not None:
                 flops = plan.flops_per_token(self.shape, self.config.train.sequence_length)
@@ -329,6 +331,7 @@ class Run:
             overlap=self.config.train.window_overlap,
             seed=self.config.seed,
             context_weight=context_weight,
+            weights=dialogue_weights(self.config.data, self.prepared, split),
         )
 
     def _pseudo_stream(self, at: int) -> PackedStream:
@@ -344,7 +347,20 @@ class Run:
             sequence_length=self.config.train.sequence_length,
             overlap=self.config.train.window_overlap,
             seed=self.config.seed + held,
+            weights=self._pseudo_weights(dialogues, held),
         )
+
+    def _pseudo_weights(self, dialogues: Sequence[Dialogue], held: int) -> np.ndarray | None:
+        """A pseudo-label counts as much as the source of its prompt; `held` rounds have asked for them."""
+        weights = dialogue_weights(self.config.data, self.prepared, "prompt_train")
+        if weights is None:
+            return None
+        prompts, weight_of = self.prepared.encoded("prompt_train"), {}
+        for number in range(held):
+            chosen = pseudo_labels.choose_prompts(len(weights), self.config.pseudo_labels, number, self.config.seed)
+            asked = prompts.__getitems__(chosen)
+            weight_of |= {prompt.id: weights[index] for index, prompt in zip(chosen, asked, strict=True)}
+        return np.array([weight_of[dialogue.id] for dialogue in dialogues])
 
     def _accepted(self) -> list[int]:
         """Pseudo-labels that each finished round accepted."""
@@ -388,6 +404,8 @@ class Run:
         size = plan.parameter_count(shape)
         source = f", from {self.config.model.init_from}" if self.config.model.init_from else ""
         long = ", ".join(f"{name} {_long_dialogues(stream)}" for name, stream in self.streams.items())
+        drawn = self.plan.phases()[-1].drawn_before(self.plan.total_steps)
+        weights = describe_weights(self.config.data)
         logbook.table(
             "plan",
             [
@@ -396,6 +414,8 @@ class Run:
                 ("batch", f"{batch}, {self.plan.labeled_rows} labeled and {self.plan.unlabeled_rows} unlabeled"),
                 ("steps", f"{self.plan.total_steps}, labeled only from {self.plan.labeled_only_from}"),
                 ("rounds", ", ".join(f"step {at}" for at in self.plan.round_steps) or "none"),
+                ("epoch", "; ".join(f"{name} {_epoch(s, drawn[name])}" for name, s in self.streams.items())),
+                *([("weights", f"{weights} (times that an epoch shows a dialogue)")] if weights else []),
                 ("packing", ", ".join(f"{name} {s.fill():.1%} full" for name, s in self.streams.items())),
                 ("long dialogues", f"{long}; overlap {self.config.train.window_overlap} tokens"),
             ],
@@ -407,6 +427,13 @@ def _checkpoint_items(state: step.TrainState) -> dict[str, Any]:
     counters = {"step": state.step, "skipped": state.skipped, "state": state.optimizer_state}
     averaged = {} if state.ema is None else {"ema": state.ema}
     return {"params": state.params, "optimizer": counters, **averaged}
+
+
+def _epoch(stream: PackedStream, drawn: int) -> str:
+    """What an epoch of a stream is and how many of them `drawn` rows are, for people."""
+    rows = stream.rows_in_epoch(0)
+    passes = f", {drawn / rows:.1f} times" if rows else ""
+    return f"{format_count(stream.tokens_in_epoch(0))} tokens in {rows} rows{passes}"
 
 
 def _long_dialogues(stream: PackedStream) -> str:

@@ -75,9 +75,8 @@ class Plan:
         next_row = {"labeled": 0, "raw": 0, "pseudo": 0}
         for start, stop in itertools.pairwise(edges):
             rows = self.rows_at(start, accepted)
-            phases.append(Phase(start, stop, rows, dict(next_row)))
-            for name, count in rows:
-                next_row[name] += count * (stop - start)
+            phases.append(Phase(start, stop, rows, next_row))
+            next_row = phases[-1].drawn_before(stop)
         return phases
 
 
@@ -87,7 +86,7 @@ def make_plan(config: Config, records: Mapping[str, int], labeled_rows_per_epoch
     Args:
       config: the configuration.
       records: dialogues per split of the prepared data.
-      labeled_rows_per_epoch: packed rows of one pass over the labeled dialogues.
+      labeled_rows_per_epoch: packed rows of an epoch of the labeled stream, weights of sources counted.
       row_shards: devices that see different rows.
 
     Raises:

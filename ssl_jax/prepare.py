@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import time
 from collections.abc import Sequence
@@ -20,6 +21,11 @@ class Prepare(Config):
 
     show: int = Field(default=0, ge=0, description="Print this many dialogues as the model will see them.")
     split: str = Field(default="labeled_train", description="Of which split they are.")
+    examples: int = Field(default=0, ge=0, description="Print what each step did to so many dialogues (at most five).")
+    rejected: int = Field(default=0, ge=0, description="Print so many of the rows that are no dialogues, and why.")
+
+
+_OUR_OWN = set(Prepare.model_fields) - set(Config.model_fields)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,17 +38,21 @@ def main(arguments: Sequence[str]) -> None:
     )
     started = time.monotonic()
     prepared = prepare(
-        pretrained.resolve(Config.model_validate(command.model_dump(exclude={"show", "split"}, exclude_unset=True)))
+        pretrained.resolve(Config.model_validate(command.model_dump(exclude=_OUR_OWN, exclude_unset=True)))
     )
     if command.show and command.split not in prepared.splits:
         raise UserError(f"--split {command.split}: the data has {', '.join(prepared.splits)}")
     for line in report.tables(prepared):
         print(line)
-    if command.show:
-        for line in report.show(prepared, command.split, command.show):
-            print(line)
-        return
-    print(f"done in {time.monotonic() - started:.1f} s; next: python -m ssl_jax.train {shlex.join(arguments)}")
+    asked = (
+        report.rejected(prepared, command.rejected) if command.rejected else (),
+        report.effects(prepared, command.examples) if command.examples else (),
+        report.show(prepared, command.split, command.show) if command.show else (),
+    )
+    for line in itertools.chain(*asked):
+        print(line)
+    if not any((command.rejected, command.examples, command.show)):
+        print(f"\ndone in {time.monotonic() - started:.1f} s; next: python -m ssl_jax.train {shlex.join(arguments)}")
 
 
 if __name__ == "__main__":

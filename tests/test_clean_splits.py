@@ -2,13 +2,14 @@
 
 import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssl_jax.data import splits
 from ssl_jax.data.cleaning.apply import Counts, clean, step_functions
-from ssl_jax.data.duplicates import drop_duplicates, text_hash
-from ssl_jax.data.splits import assign
+from ssl_jax.data.duplicates import first_equal, halves, text_hash
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.errors import UserError
 
@@ -19,6 +20,16 @@ def raw(*contents, id="", **metadata):
 
 def numbered(count, **metadata):
     return [raw(f"text {i}", id=f"id {i}", **{key: value(i) for key, value in metadata.items()}) for i in range(count)]
+
+
+def assign(dialogues, split_by, test_size, dev_size, seed):
+    """The name of every dialogue's side."""
+    positions = np.array([splits.position(dialogue, split_by) for dialogue in dialogues])
+    hashes = np.array([halves(text_hash(dialogue)) for dialogue in dialogues], np.uint64).reshape(-1, 2)
+    times = [(splits.time(dialogue), dialogue.id) for dialogue in dialogues] if split_by == "time" else ()
+    sides = splits.assign(positions, first_equal(hashes), split_by, test_size, dev_size, seed, times)
+    assert (sides.dtype, sides.shape) == (np.uint8, (len(dialogues),))
+    return [splits.SIDES[side] for side in sides]
 
 
 def cleaned(dialogue):
@@ -66,14 +77,6 @@ def test_text_hash_ignores_roles_and_separates_turns():
     assert text_hash(raw("a", "b")) != text_hash(raw("ab")) != text_hash(raw("a", "b", ""))
 
 
-def test_duplicates_of_kept_and_of_held_out_dialogues_are_dropped_and_told_apart():
-    counts = Counts()
-    items = [(raw(text), None) for text in ("a", "b", "a", "c")]
-    kept = list(drop_duplicates(items, {text_hash(raw("c"))}, set(), counts))
-    assert [dialogue.turns[0].content for dialogue, _ in kept] == ["a", "b"]
-    assert dict(counts.removed) == {"exact_duplicates": 1, "held_out_duplicates": 1}
-
-
 def test_hash_split_keeps_every_side_when_data_is_appended():
     dialogues = numbered(400)
     before, after = (assign(dialogues[:count], "hash", 0.2, 0.1, seed=0) for count in (200, 400))
@@ -98,6 +101,24 @@ def test_equal_text_is_never_on_two_sides(split_by):
     sides = assign(dialogues, split_by, 0.3, 0.2, seed=3)
     assert len(set(sides)) > 1
     assert all(sides[i] == sides[i % 20] for i in range(100))
+
+
+@pytest.mark.parametrize("split_by", ["hash", "fraction"])
+def test_what_is_alike_is_never_on_two_sides(split_by):
+    """Dialogues need not be equal; the first one of a group decides."""
+    dialogues = numbered(100)
+    positions = np.array([splits.position(dialogue, split_by) for dialogue in dialogues])
+    sides = splits.assign(positions, np.arange(100) % 20, split_by, 0.3, 0.2, seed=3)
+    assert len(set(sides.tolist())) == 3
+    assert np.array_equal(sides, np.tile(sides[:20], 5))
+
+
+def test_positions_stay_what_they_were():
+    """Others would move dialogues from train to test when data are prepared again."""
+    dialogues = [raw("a", id="one"), raw("b", id="two"), raw("c", id="three", group=1)]
+    positions = [splits.position(dialogue, "hash") for dialogue in dialogues]
+    assert positions == pytest.approx([0.463176946437, 0.249096691249, 0.544366698888], abs=1e-12)
+    assert splits.position(dialogues[2], "group") == pytest.approx(0.420024064369, abs=1e-12)
 
 
 def test_group_split_keeps_groups_whole():

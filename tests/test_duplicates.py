@@ -4,16 +4,16 @@ import itertools
 import json
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_jax.config import Config
-from ssl_jax.data import minhash
-from ssl_jax.data.cleaning.apply import Counts
-from ssl_jax.data.duplicates import drop_near_duplicates, leaks, near_duplicates, refuse_leaks
+from ssl_jax.data import duplicates, minhash
+from ssl_jax.data.duplicates import first_equal, near_leaks, refuse_leaks
+from ssl_jax.data.minhash import Sketches
 from ssl_jax.data.pipeline import prepare
-from ssl_jax.data.splits import assign
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.errors import UserError
 
@@ -28,6 +28,20 @@ def raw(*contents, id=""):
 
 def numbered(texts):
     return [raw(text, id=f"id {i}") for i, text in enumerate(texts)]
+
+
+def near_duplicates(dialogues, threshold, **options):
+    """The groups of all dialogues."""
+    return duplicates.near_duplicates(Sketches(dialogues, **options), np.arange(len(dialogues)), threshold).tolist()
+
+
+def leaks(train, held_out, threshold):
+    """Numbers of the dialogues of `train` that resemble one of `held_out`."""
+    sketches = Sketches([*train, *held_out])
+    numbers = np.arange(len(train) + len(held_out))
+    found = near_leaks(sketches, numbers[: len(train)], numbers[len(train) :], threshold)
+    assert (found.dtype, found.shape) == (np.bool_, (len(train),))
+    return np.flatnonzero(found).tolist()
 
 
 def random_texts(count, seed=0):
@@ -98,57 +112,135 @@ def test_a_group_is_named_by_its_first_member_and_equal_texts_share_it(texts, th
     assert all(groups[i] == groups[texts.index(text)] for i, text in enumerate(texts))
 
 
+@given(st.lists(st.integers(0, 5), max_size=12), st.floats(0.05, 1))
+def test_a_subset_is_grouped_as_if_there_were_nothing_else(numbers, threshold):
+    """Dialogues may be named in any order and several times."""
+    groups = duplicates.near_duplicates(FEW_SKETCHES, np.array(numbers, np.int64), threshold).tolist()
+    assert groups == near_duplicates([FEW[number] for number in numbers], threshold)
+
+
+FEW = numbered([ENGLISH, OTHER, ENGLISH.replace("two", "three"), "ok", ENGLISH.upper(), OTHER + " Ok?"])
+FEW_SKETCHES = Sketches(FEW)
+
+
+class OneByOne(list):
+    """Dialogues that are read anew each time; counts how often."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+def similar_texts(count):
+    return [f"Your order number {i:04d} has been shipped and will arrive within three days." for i in range(count)]
+
+
+def test_what_is_compared_is_read_again_and_remembered_only_as_far_as_there_is_room(monkeypatch):
+    dialogues = OneByOne(numbered(similar_texts(30)))
+    expected = near_duplicates(dialogues, 0.95)
+    assert len(set(expected)) > 1 and dialogues.reads == 30
+    monkeypatch.setattr(minhash, "_SHINGLES_REMEMBERED", 200)
+    sketches = Sketches(dialogues)
+    assert duplicates.near_duplicates(sketches, np.arange(30), 0.95).tolist() == expected
+    assert dialogues.reads > 60
+    assert sketches._recent_size == sum(map(len, sketches._recent.values())) <= 200
+
+
 def test_signatures_estimate_the_jaccard_similarity_without_bias():
     words = [f"w{i}" for i in range(400)]
-    texts = [" ".join(words[:300]), " ".join(words[100:])]
-    sketches = minhash.sketch(texts, "words", 1)
-    assert (sketches.signatures[0] == sketches.signatures[1]).mean() == pytest.approx(0.5, abs=0.13)
+    texts = numbered([" ".join(words[:300]), " ".join(words[100:])])
+    signatures = Sketches(texts, unit="words", size=1).signatures
+    assert (signatures[0] == signatures[1]).mean() == pytest.approx(0.5, abs=0.13)
+
+
+def test_a_signature_is_the_least_value_of_each_function_over_the_shingles():
+    """The reference takes one shingle after the other, in Python's unlimited integers."""
+    text = "a small example"
+    random = np.random.default_rng(0x5EED)
+    factors = (random.integers(0, 2**64, 128, np.uint64) | np.uint64(1)).tolist()
+    offsets = random.integers(0, 2**64, 128, np.uint64).tolist()
+    hashes = []
+    for start in range(len(text) - 3):
+        value = 0
+        for character in text[start : start + 4]:
+            value = (value ^ ord(character)) * 0x9E3779B97F4A7C15 % 2**64
+            value ^= value >> 29
+        hashes.append(value)
+    expected = [
+        min((value * factor + offset) % 2**64 >> 32 for value in hashes)
+        for factor, offset in zip(factors, offsets, strict=True)
+    ]
+    signatures = Sketches(numbered(["ok", text, "", OTHER])).signatures
+    assert (signatures.dtype, signatures.shape) == (np.uint32, (4, 128))
+    assert signatures[1].tolist() == expected
 
 
 def test_signatures_do_not_depend_on_the_other_texts():
-    texts = random_texts(2000)
-    together, alone = minhash.sketch(texts, "characters", 4), minhash.sketch(texts[-1:], "characters", 4)
+    texts = numbered(random_texts(2000))
+    together, alone = Sketches(texts), Sketches(texts[-1:])
     assert (together.signatures[-1] == alone.signatures[0]).all()
+    assert (together.hashes[-1] == alone.hashes[0]).all()
 
 
-def test_leaks_name_both_sides_and_how_alike_they_are():
-    train = numbered([OTHER, ENGLISH.replace("two", "three"), CHINESE])
-    held_out = [raw(ENGLISH, id="test 1"), raw(CHINESE, id="test 2")]
-    assert [str(leak) for leak in leaks(train, held_out)] == ["id 2 (train) and test 2 (held out) are 100% alike"]
-    near = leaks(train, held_out, 0.7)
-    assert [(leak.train.id, leak.held_out.id) for leak in near] == [("id 1", "test 1"), ("id 2", "test 2")]
-    assert 0.7 <= near[0].similarity < 1 == near[1].similarity
+def test_the_temporary_file_is_in_the_folder_asked_for_and_leaves_nothing_behind(tmp_path):
+    assert len(Sketches(numbered(["a", "b"]), tmp_path).signatures) == 2
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Sketches(numbered(["a"]), tmp_path / "nowhere")
+
+
+def test_what_resembles_a_held_out_dialogue_leaks():
+    train = numbered([OTHER, ENGLISH.replace("two", "three"), CHINESE, CHINESE])
+    held_out = [raw(ENGLISH), raw(CHINESE)]
+    assert leaks(train, held_out, 0.7) == [1, 2, 3]
+    assert leaks(train, held_out, 0.99) == [2, 3]
     assert leaks(held_out, train[:1], 0.7) == leaks([], held_out, 0.7) == leaks(train, [], 0.7) == []
 
 
-def test_a_leak_stops_the_run_and_names_the_dialogues():
-    refuse_leaks(numbered([OTHER]), [raw(ENGLISH)], 0.5)
-    with pytest.raises(
-        UserError, match=r"1 dialogues are on both sides of the split: id 1 \(train\) and x \(held out\)"
-    ):
-        refuse_leaks(numbered([OTHER, ENGLISH]), [raw(ENGLISH, id="x")])
-
-
-def test_near_duplicates_of_kept_and_of_held_out_dialogues_are_dropped_and_told_apart():
-    counts = Counts(max_examples=1)
-    items = [
-        (dialogue, dialogue.id) for dialogue in numbered([OTHER, OTHER + " Ok?", ENGLISH + " Ok?", CHINESE + "好"])
-    ]
-    kept = drop_near_duplicates(items, [raw(ENGLISH)], [raw(CHINESE)], 0.8, counts)
-    assert [tag for _, tag in kept] == ["id 0"]
-    assert dict(counts.removed) == {"held_out_near_duplicates": 1, "near_duplicates": 2}
-    assert counts.examples["held_out_near_duplicates"][0].before is items[2][0]
-
-
-@pytest.mark.parametrize("split_by", ["hash", "fraction"])
-def test_near_duplicates_are_never_on_two_sides(split_by):
+def test_leaks_are_those_of_comparing_every_pair():
+    generator = random.Random(5)
     texts = random_texts(40)
-    dialogues = numbered(texts + [f"{text} and more" for text in texts] + [text.upper() for text in texts])
-    sides = assign(dialogues, split_by, 0.3, 0.2, 0, 0.7)
-    assert len(set(sides)) == 3
-    assert sides[:40] == sides[40:80] == sides[80:]
-    apart = assign(dialogues, split_by, 0.3, 0.2, 0)
-    assert apart[:40] != apart[40:80]
+    changed = [text.split(" ") for text in texts]
+    for words in changed:
+        for _ in range(generator.randint(1, 5)):
+            words[generator.randrange(len(words))] = "changed"
+    train, held_out = numbered([" ".join(words) for words in changed]), numbered(texts[:20])
+    shingles = [{text[i : i + 4] for i in range(len(text) - 3)} for text in texts]
+    others = [{text[i : i + 4] for i in range(len(text) - 3)} for text in map(" ".join, changed)]
+    expected = [
+        number
+        for number, mine in enumerate(others)
+        if any(len(mine & theirs) / len(mine | theirs) >= 0.7 for theirs in shingles[:20])
+    ]
+    assert leaks(train, held_out, 0.7) == expected
+    assert 0 < len(expected) < 20
+
+
+HASHES = st.lists(st.tuples(st.sampled_from([0, 1, 2**63, 2**64 - 1]), st.integers(0, 2)), max_size=20)
+
+
+@given(HASHES)
+def test_first_equal_is_the_number_of_the_first_equal_hash(hashes):
+    first: dict[tuple[int, int], int] = {}
+    expected = [first.setdefault(pair, number) for number, pair in enumerate(hashes)]
+    found = first_equal(np.array(hashes, np.uint64).reshape(-1, 2))
+    assert found.tolist() == expected and found.dtype == np.int64
+
+
+@given(HASHES, HASHES)
+def test_a_text_on_both_sides_stops_the_run_and_the_first_three_are_named(train, held_out):
+    found = [f"id {number}" for number, pair in enumerate(train) if pair in held_out]
+    arrays = [np.array(hashes, np.uint64).reshape(-1, 2) for hashes in (train, held_out)]
+    if not found:
+        refuse_leaks(*arrays, train_id=lambda number: f"id {number}")
+        return
+    with pytest.raises(UserError) as raised:
+        refuse_leaks(*arrays, train_id=lambda number: f"id {number}")
+    first_line, fix = str(raised.value).splitlines()
+    assert first_line == f"data: {len(found)} dialogues to learn from are also held out: {', '.join(found[:3])}"
+    assert "remove them from the sources" in fix
 
 
 def write(path, texts):

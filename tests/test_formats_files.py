@@ -262,7 +262,7 @@ def test_a_file_name_that_is_no_text_gives_ids_that_are(tmp_path: Path) -> None:
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.txt").write_bytes(b"hi")
 
-    def refuse(file: Path) -> Any:
+    def refuse(file: Path, span=None) -> Any:
         raise PermissionError(13, "Permission denied", str(file))
 
     monkeypatch.setattr(lines, "chunks", refuse)

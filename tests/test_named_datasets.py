@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ssl_jax.config import Config, Source
 from ssl_jax.config.data import FieldMapping
 from ssl_jax.data import field_mapping, named
-from ssl_jax.data.formats import Expected, Rejected
+from ssl_jax.data.formats import Accepted, Expected, Rejected
 from ssl_jax.data.formats.rows import BadRow
 from ssl_jax.data.pipeline import prepare
 from ssl_jax.dialogue import Turn
@@ -98,8 +98,15 @@ def huggingface_folder(tmp_path_factory):
         yield folder
 
 
+def read(expected: Expected, max_turn_bytes: int, numbers: slice, source: dict[str, Any]) -> list[Accepted | Rejected]:
+    found = Source.model_validate(source)
+    return list(named.read(found, expected, max_turn_bytes, "name", range(named.size(found))[numbers]))
+
+
 def rows(expected: Expected = "labeled", max_turn_bytes: int = 1000, **source: Any) -> list[Any]:
-    return list(named.read(Source.model_validate(source), expected, max_turn_bytes, "name", {}))
+    """All dialogues of a source, and its rejected rows."""
+    found = read(expected, max_turn_bytes, slice(None), source)
+    return [row if isinstance(row, Rejected) else row.dialogue for row in found]
 
 
 def said(dialogue):
@@ -162,11 +169,37 @@ def test_other_fields_become_metadata_as_far_as_json_can_hold_them(tfds_folder):
     }  # fmt: skip
 
 
-def test_ids_number_the_examples_and_equal_ids_are_rejected(tfds_folder):
-    source: dict[str, Any] = {"tfds": "tiny_talk", "data_dir": str(tfds_folder)}
-    assert [row.id for row in rows(**source, fields={"messages": "dialog"})][:2] == ["name:1", "name:2"]
-    found = rows(**source, fields={"messages": "dialog", "id": "emotion"})
-    assert [row.reason for row in found if isinstance(row, Rejected)] == ["duplicate id"] * (ROWS - 2)
+def test_a_part_of_the_examples_is_read_with_the_numbers_that_they_have_in_all(tfds_folder):
+    source = {
+        "tfds": "tiny_talk",
+        "data_dir": str(tfds_folder),
+        "fields": {"prompt": "question", "completion": "answer"},
+    }
+    everything = read("labeled", 1000, slice(None), source)
+    assert [row.line for row in everything] == list(range(1, ROWS + 1))
+    assert [row.dialogue.id for row in everything if isinstance(row, Accepted)] == [
+        f"name:{number}" for number in range(2, ROWS + 1)
+    ]
+    for cut in (0, 1, 5, ROWS):
+        parts = [read("labeled", 1000, part, source) for part in (slice(cut), slice(cut, None))]
+        assert [row for part in parts for row in part] == everything
+
+
+def test_examples_with_an_id_that_was_there_before_are_rejected_with_their_number(tfds_folder, tmp_path):
+    fields = {"messages": "dialog", "id": "emotion"}
+    data = {
+        "labeled": [{"tfds": "tiny_talk", "data_dir": str(tfds_folder), "fields": fields}],
+        "prepared_dir": str(tmp_path / "prepared"),
+        "max_rejected_fraction": 1.0,
+    }
+    values = {"data": data, "tokenizer": {"vocab_size": 300}, "train": {"unlabeled_ratio": 0}}
+    prepared = prepare(Config.model_validate(values), lambda line: None)
+    assert prepared.summary["sources"] == {"tiny_talk:train": 2}
+    rejected = [json.loads(line) for line in (prepared.directory / "rejected.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["line"], row["reason"]) for row in rejected] == [
+        ("tiny_talk:train", number, "duplicate id") for number in range(3, ROWS + 1)
+    ]
+    assert rejected[1]["detail"] == "'glad' is also at tiny_talk:train:2"
 
 
 def test_a_long_turn_is_rejected(tfds_folder):

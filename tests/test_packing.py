@@ -152,6 +152,32 @@ def test_rows_partition_the_windows_and_never_overflow(capacity, data):
     assert all(0 < sizes[row].sum() <= capacity for row in rows)
 
 
+@settings(max_examples=300, deadline=None)
+@given(capacity=st.integers(1, 40), data=st.data())
+def test_every_window_goes_where_it_fits_best(capacity, data):
+    """One by one, the largest first: to the row with the fewest places left that hold it, the last one changed."""
+    sizes = np.array(data.draw(st.lists(st.integers(1, capacity), max_size=60)), np.int64)
+    rows, left, changed = [], [], []
+    for turn, index in enumerate(np.argsort(-sizes, kind="stable").tolist()):
+        fitting = [row for row in range(len(rows)) if left[row] >= sizes[index]]
+        best = min(fitting, key=lambda row: (left[row], -changed[row]), default=len(rows))
+        if best == len(rows):
+            rows.append([])
+            left.append(capacity)
+            changed.append(turn)
+        rows[best].append(index)
+        left[best] -= sizes[index]
+        changed[best] = turn
+    assert list(pack(sizes, capacity)) == rows
+
+
+def test_packed_rows_are_a_sequence():
+    rows = pack(np.array([3, 2, 4, 1]), 4)
+    assert [rows[0], rows[-1], rows[1:]] == [[2], [1], [[0, 3], [1]]] and len(rows) == 3
+    with pytest.raises(IndexError):
+        rows[3]
+
+
 @settings(max_examples=100, deadline=None)
 @given(capacity=st.integers(1, 40), data=st.data())
 def test_no_two_rows_could_be_one(capacity, data):
@@ -172,7 +198,7 @@ def test_rows_of_dialogues_like_people_have_are_97_percent_full(capacity):
 
 def test_order_of_the_input_decides_who_shares_a_row():
     sizes = np.array([4, 4, 4, 4])
-    assert pack(sizes, 8) == [[0, 1], [2, 3]]
+    assert list(pack(sizes, 8)) == [[0, 1], [2, 3]]
 
 
 def test_a_window_beyond_the_capacity_is_an_error():

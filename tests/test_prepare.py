@@ -265,7 +265,7 @@ def test_command_prints_the_table_and_the_next_command(workspace, tmp_path, caps
     for split, tokens in summary["tokens"]["labeled"].items():
         assert f"labeled {split}" in printed and f"{tokens:,}" in printed
     assert f"next: python -m ssl_jax.train --config {path}" in printed
-    assert "rejected: none" in printed
+    assert "0  rejected\n" in printed
 
 
 def test_packaged_data_set_is_prepared_with_its_own_split(tmp_path, monkeypatch):
@@ -342,3 +342,9 @@ def test_key_phrases_are_told_of_replies_to_train_on_and_of_no_other(workspace):
     assert len(systems["labeled_train"]) == len(prepared.lengths("labeled_train"))
     assert all(line.startswith("keywords: ") and "telescope" in line for line in systems["labeled_train"])
     assert not any(lines for split, lines in systems.items() if split != "labeled_train")
+
+
+def test_cleaning_that_leaves_nothing_to_train_on_is_an_error_that_names_the_steps(workspace):
+    with pytest.raises(UserError, match=r"data\.labeled: nothing is left to train on; removed.*: length 65"):
+        workspace.prepare(cleaning=["strip", {"step": "length", "min_turns": 9}])
+    assert [path.name for path in (workspace.folder / "prepared").iterdir()] == []

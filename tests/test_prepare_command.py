@@ -30,13 +30,13 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 def test_the_tables_count_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys)
-    rows = {line[:20].strip(): line[20:].split() for line in lines}
+    rows = {line[:17].strip(): line[17:].split() for line in lines}
     dialogues = sum(int(rows[f"labeled {side}"][0]) for side in ("train", "dev", "test"))
     assert dialogues == len(tiny.labeled())
     assert int(rows["raw train"][0]) == len(tiny.raw()) and int(rows["prompt train"][0]) == len(tiny.prompts())
     median, *_, longest = map(int, rows["raw train"][-4:])
     assert 0 < median <= longest
-    assert any(line.startswith("next: ") or "; next: python -m ssl_jax.train --config" in line for line in lines)
+    assert any("; next: python -m ssl_jax.train --config" in line for line in lines)
 
 
 def test_dialogues_are_shown_as_the_model_sees_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +47,14 @@ def test_dialogues_are_shown_as_the_model_sees_them(capsys: pytest.CaptureFixtur
         assert line.count("⟦") == 1 and line.endswith("<|endofturn|>⟧<|endoftext|>")
     (raw,) = [line for line in printed(capsys, "--show", "1", "--split", "raw_train") if line.startswith("<|text|>")]
     assert raw.startswith("<|text|>⟦") and raw.endswith("<|endoftext|>⟧")
+
+
+def test_examples_and_rejected_rows_are_printed_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "--examples", "2", "--rejected", "2")
+    assert "rejected rows: 0" in lines and "no step changed or removed anything" in lines
+    assert not any("next: python" in line for line in lines)
+    plain = printed(capsys)
+    assert not any(line.startswith(("rejected rows", "no step")) for line in plain)
 
 
 def test_a_split_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,14 @@
 """A batch is a function of its step's number: not of the order of access, the processes, or where a run resumed."""
 
+import collections
 import dataclasses
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from ssl_jax.data import store
+from ssl_jax.data import shards
 from ssl_jax.data.streams import Batches, PackedStream, Phase
 from ssl_jax.data.tokenizer import DialogueTokenizer, EncodedDialogue
 from ssl_jax.dialogue import Dialogue, Turn
@@ -133,6 +136,110 @@ def test_rows_of_an_epoch_are_counted_and_found():
     assert packed.fill() == pytest.approx(float(filled)) and filled > 0.9
 
 
+def test_the_order_of_a_seed_is_this_one():
+    """Runs go on with the order that they began with: whatever changes this list breaks them."""
+    packed = stream(overlap=5, prefix_lengths=PREFIX_LENGTHS)
+    starts = [[row["tokens"][row["segment_ids"] == 1][0] for row in epoch_rows(packed, epoch)[:6]] for epoch in (0, 1)]
+    assert starts == [[20, 12000, 12000, 22000, 22000, 5000], [23000, 13000, 16007, 25000, 27000, 7000]]
+
+
+def test_passes_are_whole_at_the_end_of_an_epoch_and_grow_evenly_within_it():
+    packed = stream()
+    assert packed.passes(0) == 0
+    first = 0
+    for epoch in range(3):
+        rows = packed.rows_in_epoch(epoch)
+        for row in range(1, rows + 1):
+            assert packed.passes(first + row) == epoch + row / rows
+        first += rows
+
+
+def test_threads_that_reach_an_epoch_at_once_agree_where_it_begins(monkeypatch):
+    expected, packed = stream(), stream()
+    make_plan = packed._make_plan
+    monkeypatch.setattr(packed, "_plan", lambda epoch: (make_plan(epoch), time.sleep(0.01))[0])
+    threads = [threading.Thread(target=packed.epoch_of, args=(150,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [packed.epoch_of(row) for row in range(150)] == [expected.epoch_of(row) for row in range(150)]
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+WEIGHTS = np.tile([0.2, 1.0, 2.5], 10)
+
+
+def times_predicted(packed, epochs):
+    """How often epochs together predict each token."""
+    rows = [row for epoch in epochs for row in epoch_rows(packed, epoch)]
+    predicted = np.concatenate([row["targets"][row["loss_weights"] > 0] for row in rows])
+    return collections.Counter(predicted.tolist())
+
+
+@pytest.mark.parametrize("repeated", [{}, {"overlap": 5, "prefix_lengths": PREFIX_LENGTHS}])
+def test_epochs_predict_every_token_as_often_as_the_dialogues_weight_says(repeated):
+    packed = stream(context_weight=1.0, weights=WEIGHTS, **repeated)
+    counts = times_predicted(packed, range(10))
+    expected = {int(t): 10 * w for d, w in zip(dialogues(), WEIGHTS, strict=True) for t in d.tokens[1:]}
+    assert counts == expected
+    in_one = times_predicted(packed, [4])
+    for number, (dialogue, weight) in enumerate(zip(dialogues(), WEIGHTS, strict=True)):
+        times = {in_one[int(token)] for token in dialogue.tokens[1:]}
+        assert len(times) == 1 and times <= {np.floor(weight), np.ceil(weight)}, f"dialogue {number}, all of it"
+
+
+def test_copies_of_a_long_dialogue_are_cut_at_different_places():
+    packed = stream(weights=np.full(30, 8.0))
+    stops = collections.defaultdict(set)
+    for row in epoch_rows(packed, 0):
+        for segment in range(1, row["segment_ids"].max() + 1):
+            last = int(row["targets"][row["segment_ids"] == segment][-1])
+            stops[last // 1000].add(last % 1000)
+    assert all((len(stops[number]) > 3) == (length - 1 > LENGTH) for number, length in enumerate(LENGTHS))
+
+
+def test_counts_of_a_weighted_epoch_are_those_of_its_rows():
+    packed = stream(weights=WEIGHTS, overlap=5)
+    for epoch in range(3):
+        rows = epoch_rows(packed, epoch)
+        tokens = sum(int((row["segment_ids"] > 0).sum()) for row in rows)
+        pieces = collections.Counter(
+            int(row["tokens"][row["segment_ids"] == segment][0] // 1000)
+            for row in rows
+            for segment in range(1, row["segment_ids"].max() + 1)
+        )
+        long = {number: count for number, count in pieces.items() if LENGTHS[number] - 1 > LENGTH}
+        assert packed.tokens_in_epoch(epoch) == tokens
+        assert packed.fill(epoch) == pytest.approx(tokens / (len(rows) * LENGTH)) and packed.fill(epoch) > 0.9
+        assert packed.long_dialogues(epoch) == (len(long), sum(long.values()))
+
+
+def test_weights_of_one_change_nothing():
+    plain, weighted = stream(overlap=5), stream(overlap=5, weights=np.ones(30))
+    assert all(rows_equal(plain[number], weighted[number]) for number in range(120))
+
+
+def test_weighted_rows_are_the_same_whatever_was_read_before():
+    in_order, late = stream(weights=WEIGHTS), stream(weights=WEIGHTS)
+    expected = [in_order[number] for number in range(150)]
+    assert all(rows_equal(late[number], expected[number]) for number in (149, 3, 90, 0))
+    assert not all(rows_equal(stream(seed=1, weights=WEIGHTS)[number], expected[number]) for number in range(10))
+
+
+def test_epochs_that_show_nothing_are_passed_over():
+    """Three dialogues, each in one epoch of 40: nearly all epochs are empty."""
+    packed = PackedStream(dialogues()[:3], LENGTHS[:3], sequence_length=64, seed=0, weights=np.full(3, 1 / 40))
+    rows = [packed.rows_in_epoch(epoch) for epoch in range(80)]
+    assert sum(rows) == 6 and rows.count(1) == 6
+    full = [epoch for epoch, count in enumerate(rows) if count]
+    assert [packed.epoch_of(row) for row in range(6)] == full
+    assert [packed.passes(row + 1) for row in range(6)] == [epoch + 1 for epoch in full]
+    empty = rows.index(0)
+    assert (packed.fill(empty), packed.tokens_in_epoch(empty), packed.long_dialogues(empty)) == (1.0, 0, (0, 0))
+
+
 @pytest.mark.parametrize("lengths", [[], [1, 1]])
 def test_dialogues_that_predict_nothing_are_refused_instead_of_searched_forever(lengths):
     encoded = [EncodedDialogue(str(n), np.array([5], np.int32), np.array([0], np.uint8), 0) for n in lengths]
@@ -160,6 +267,14 @@ def test_a_batch_holds_the_next_rows_of_every_stream_in_order():
     assert batch["stream"].tolist() == [0] * 4 + [1] * 8
     assert batch["stream"].dtype == np.int32
     assert len(batches()) == 7
+
+
+@pytest.mark.parametrize("step", [10, 13, 17])
+def test_passes_before_a_step_are_those_of_the_rows_drawn_until_then(step):
+    expected = {"labeled": stream().passes(40 + 4 * (step - 10)), "raw": stream().passes(3 + 8 * (step - 10))}
+    assert batches().passes(step) == expected
+    resumed = dataclasses.replace(PHASE, start=step, first_row=PHASE.drawn_before(step))
+    assert batches(resumed).passes(step) == expected
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])
@@ -201,10 +316,10 @@ def stored(tmp_path_factory):
     for number in range(60):
         tokens = rng.integers(0, 300, rng.integers(2, 150)).astype(np.int32)
         encoded = EncodedDialogue(str(number), tokens, np.ones(len(tokens), np.uint8), 1)
-        records.append(store.Record(encoded, Dialogue((Turn("text", "x"),), id=str(number))))
+        records.append(shards.Record.of(encoded, Dialogue((Turn("text", "x"),), id=str(number))))
     tokenizer = DialogueTokenizer.fit(["some text"], 300)
     directory = tmp_path_factory.mktemp("stored") / "prepared"
-    prepared = store.write(directory, {"raw_train": records}, tokenizer, {}, [])
+    prepared = shards.write(directory, {"raw_train": records}, tokenizer, {}, [])
     split = prepared.encoded("raw_train")
     split._fits_in_memory = False
     return split, prepared.lengths("raw_train")

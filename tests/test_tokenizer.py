@@ -77,6 +77,43 @@ def test_many_dialogues_encode_as_each_alone(tokenizer):
         assert together.loss_mask.tolist() == alone.loss_mask.tolist()
 
 
+@given(st.lists(spellings, min_size=1, max_size=3), spellings, st.booleans())
+@example(["hello  there,", " how\n\nare you? "], " it's\tfine", True)
+def test_dialogue_is_the_ids_of_its_turns_between_control_tokens(tokenizer, questions, system, has_system):
+    """The library encodes every turn here; the tokenizer goes through its cache of words."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+    backend.encode_special_tokens = True
+    turns = [("system", system)] * has_system
+    for question in questions:
+        turns += [("user", question), ("assistant", question[::-1])]
+    tokens, mask = [], []
+    for role, content in turns:
+        ids = backend.encode(content, add_special_tokens=False).ids
+        tokens += [backend.token_to_id(f"<|{role}|>"), *ids, tokenizer.end_ids[0]]
+        mask += [0, *[int(role == "assistant")] * (len(ids) + 1)]
+    encoded = tokenizer.encode(dialogue(*turns))
+    assert encoded.tokens.tolist() == [*tokens, tokenizer.end_of_text_id]
+    assert encoded.loss_mask.tolist() == [*mask, 0]
+    assert encoded.prefix_length == has_system * (2 + len(backend.encode(system, add_special_tokens=False).ids))
+    assert (encoded.tokens.dtype, encoded.loss_mask.dtype, encoded.unknown_bytes) == (np.int32, np.uint8, 0)
+
+
+def test_copies_do_not_carry_the_words_that_were_seen():
+    tokenizer = DialogueTokenizer.fit(TEXTS, 400)
+    size = len(pickle.dumps(tokenizer))
+    tokenizer.encode(dialogue(("text", " ".join(f"word{number}" for number in range(1000)))))
+    assert len(pickle.dumps(tokenizer)) == size
+
+
+def test_arrays_of_a_dialogue_can_be_written_to_without_changing_its_neighbors(tokenizer):
+    dialogues = [(dialogue(("user", "a"), ("assistant", "b")), 1)] * 2
+    first, second = tokenizer.encode_all(dialogues)
+    expected = second.tokens.tolist(), second.loss_mask.tolist()
+    first.tokens[:] = 0
+    first.loss_mask[:] = 7
+    assert (second.tokens.tolist(), second.loss_mask.tolist()) == expected
+
+
 def test_decoding_skips_control_tokens_and_handles_batches(tokenizer):
     rows = [tokenizer.encode(dialogue(("user", "hi"), ("assistant", text))).tokens for text in (" a", " bc")]
     assert tokenizer.decode_batch(rows) == [tokenizer.decode(row) for row in rows] == ["hi a", "hi bc"]

@@ -88,6 +88,24 @@ def test_tokens_of_a_stream_never_decrease_and_end_as_the_summary_says(run: Path
         assert counts[-1] == summary["tokens_by_stream"][name] > 0
 
 
+def test_epochs_are_the_rows_of_a_stream_so_far_by_the_rows_of_an_epoch(run: Path) -> None:
+    """Also at the end, when labeled rows alone are drawn; pseudo-labels have epochs from their first round on."""
+    settings = command_line.parse(Config, ["--config", str(tiny.config_file())], program="train", summary="")
+    again = loop.Run(settings, prepare(settings), run, Signals())
+    streams = {**again.streams, "pseudo": again._pseudo_stream(tiny.STEPS)}
+    drawn = dict.fromkeys(streams, 0)
+    for line, before in zip(lines_with(run, "loss"), range(tiny.STEPS), strict=True):
+        for name, count in again.plan.rows_at(before, again._accepted()):
+            drawn[name] += count
+        found = {name.removeprefix("epoch/"): value for name, value in line.items() if name.startswith("epoch/")}
+        assert found == {
+            name: streams[name].passes(rows) for name, rows in drawn.items() if name in again.streams or rows
+        }
+    assert all(value > 0 for value in found.values()) and found.keys() == streams.keys()
+    first = lines_with(run, "loss")[0]
+    assert first["epoch/labeled"] == again.plan.labeled_rows / streams["labeled"].rows_in_epoch(0)
+
+
 def test_the_loss_is_the_weighted_sum_of_its_terms(run: Path) -> None:
     for line in lines_with(run, "loss"):
         terms = [name for name in ("supervised", "lm", "pseudo") if f"loss/{name}" in line]
@@ -234,6 +252,31 @@ def test_no_dev_split(tmp_path: Path) -> None:
     assert summary["best_dev_reply_bits_per_byte"] is None and summary["checkpoint"] == tiny.STEPS
     assert not lines_with(workdir, "eval/reply_bits_per_byte")
     assert summary["evaluation"]["reply_bits_per_byte"] > 0
+
+
+def test_sources_with_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of the raw text, all prompts' answers twice; the same prepared data and the same labeled rows as without."""
+    folder = tiny.config_file().parent
+    unlabeled = f"[{{path: {folder}/raw.jsonl, weight: 0.5}}, {{path: {folder}/prompts.jsonl, weight: 2}}]"
+    workdir = tiny.run_train(tiny.config_file(), tmp_path / "run", *NO_DRAWING, "--data.unlabeled", unlabeled)
+    printed = capsys.readouterr().err
+    assert f"weights         {folder}/raw.jsonl × 0.5, {folder}/prompts.jsonl × 2 (" in printed
+    arguments = ["--config", str(workdir / "config.yaml")]
+    settings = command_line.parse(Config, arguments, program="train", summary="")
+    prepared = prepare(settings)
+    assert prepared.directory == prepare(Config.model_validate(tiny.settings(folder))).directory
+    weighted = loop.Run(settings, prepared, workdir, Signals())
+    plain = loop.Run(Config.model_validate(tiny.settings(folder)), prepared, workdir, Signals())
+    tokens = [
+        {
+            **{name: stream.tokens_in_epoch(0) for name, stream in one.streams.items()},
+            "pseudo": one._pseudo_stream(tiny.STEPS).tokens_in_epoch(0),
+        }
+        for one in (weighted, plain)
+    ]
+    assert tokens[0]["labeled"] == tokens[1]["labeled"]
+    assert tokens[0]["raw"] == pytest.approx(tokens[1]["raw"] / 2, rel=0.1)
+    assert tokens[0]["pseudo"] == 2 * tokens[1]["pseudo"] > 0
 
 
 def test_epochs_instead_of_steps(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from ssl_jax.config.annotation import Annotation, Condition
 from ssl_jax.config.cleaning import DEFAULT_STEPS, CleaningStep, describe_steps
@@ -144,6 +144,13 @@ class Source(Section):
         description="Take at most this many dialogues. A labeled budget leaves the rest to `unlabeled`.",
     )
     split_lines: bool = Field(default=True, description="Raw text: every line is a turn (else the whole text is one).")
+    weight: float = Field(
+        default=1.0,
+        ge=0.001,
+        le=1000,
+        description="How many times an epoch of training shows each dialogue. 2.5: twice, and a third time every other "
+        "epoch. 0.1: in one epoch of ten. Evaluation does not know it.",
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
@@ -174,6 +181,19 @@ class Data(Section):
     prepared_dir: str = Field(
         default="prepared", description="Folder of prepared data; its name carries a content hash."
     )
+    num_proc: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Processes that prepare data at the same time; the result does not depend on it. Absent: one for "
+        "each core, where there is enough to do.",
+    )
+    beam_options: tuple[Annotated[str, StringConstraints(pattern="^--")], ...] | None = Field(
+        default=None,
+        description="Prepare data on Apache Beam instead (extra beam): options of its pipeline, for example "
+        "[--runner=FlinkRunner, --flink_master=HOST:8081]; [] is Beam's runner for one machine. All workers need this "
+        "package, and the sources and prepared_dir at the same absolute paths. The result does not depend on it.",
+    )
     max_rejected_fraction: float = Field(
         default=0.05, ge=0, le=1, description="Stop when more than this fraction of the rows is malformed."
     )
@@ -187,7 +207,8 @@ class Data(Section):
         le=1,
         description="Dialogues that share this fraction of their character 4-grams (Jaccard similarity) count as one: "
         "the first is kept, and they are never on two sides of a split. Absent: only equal ones do. It is off because "
-        "short replies resemble each other by chance, and because its memory grows with the data. 0.8 is usual.",
+        "short replies resemble each other by chance. 0.8 is usual. It takes time, and 512 bytes of disk a dialogue "
+        "while data are prepared.",
     )
     max_turn_bytes: int = Field(default=100_000, ge=1, description="A longer turn is malformed (UTF-8 bytes).")
     language: Literal["auto", "en", "zh"] = Field(
@@ -225,6 +246,11 @@ class Tokenizer(Section):
     )
     vocab_size: int = Field(
         default=8192, ge=300, le=1_000_000, description="Size of a fitted BPE, control tokens included."
+    )
+    fit_bytes: int = Field(
+        default=2**24,
+        ge=1,
+        description="A fitted BPE learns from at most this much text (bytes), drawn evenly from the train splits.",
     )
     template: TemplateName | Literal["auto"] = Field(
         default="auto",

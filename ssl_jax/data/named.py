@@ -17,8 +17,7 @@ from typing import Any
 
 from ssl_jax.config import Source
 from ssl_jax.data import field_mapping
-from ssl_jax.data.formats.rows import BadRow, Expected, Rejected, finish
-from ssl_jax.dialogue import Dialogue
+from ssl_jax.data.formats.rows import Accepted, BadRow, Expected, Rejected, finish
 from ssl_jax.errors import UserError
 
 # Hugging Face's names of what reads a file, by its suffix.
@@ -54,20 +53,29 @@ def data_files(source: Source) -> list[Path]:
     return opened.files
 
 
+def size(source: Source) -> int:
+    """How many examples a source has.
+
+    Raises:
+      UserError: see `data_files`.
+    """
+    return len(_open(source).examples)
+
+
 def read(
-    source: Source, expected: Expected, max_turn_bytes: int, name: str, seen: dict[str, str]
-) -> Iterator[Dialogue | Rejected]:
-    """Reads every example of a source; the parameters are those of `formats.read`.
+    source: Source, expected: Expected, max_turn_bytes: int, name: str, numbers: range
+) -> Iterator[Accepted | Rejected]:
+    """Reads examples of a source.
 
     Args:
       source: the data set and its field mapping.
       expected: what the source is for.
       max_turn_bytes: a longer turn (UTF-8) rejects its example.
       name: what the data set is called in the ids of its dialogues.
-      seen: where each id was seen first; extended here. An example whose id is in it is rejected.
+      numbers: of the examples, from 0.
 
     Yields:
-      Dialogues, with their own id or `<name>:<number>`, and rejected examples, in the data set's order.
+      Dialogues, with their own id or `<name>:<number>` (from 1), and rejected examples, in the data set's order.
 
     Raises:
       UserError: see `data_files`; stored data that are damaged.
@@ -76,15 +84,10 @@ def read(
     field_mapping.check(fields, opened.features, _place(source))
     assert fields is not None
     labels = field_mapping.labels(opened.features)
-    for number, example in enumerate(_examples(opened, _place(source)), 1):
-        place = f"{name}:{number}"
+    for number, example in enumerate(_examples(opened, _place(source), numbers), numbers.start + 1):
         try:
             row = field_mapping.to_row(example, number, fields, labels, source.split_lines)
-            dialogue = finish(row, place, expected, max_turn_bytes, name)
-            if dialogue.id in seen:
-                raise BadRow("duplicate id", f"{dialogue.id!r:.80} is also at {seen[dialogue.id]}")
-            seen[dialogue.id] = place
-            yield dialogue
+            yield Accepted(finish(row, f"{name}:{number}", expected, max_turn_bytes, name), name, name, number)
         except BadRow as bad:
             yield Rejected(name, number, bad.reason, bad.detail)
 
@@ -93,14 +96,13 @@ def _place(source: Source) -> str:
     return f"tfds {source.tfds}" if source.tfds else f"huggingface {source.huggingface}"
 
 
-def _examples(opened: _Opened, place: str) -> Iterator[Mapping[str, Any]]:
-    size = len(opened.examples)
-    for start in range(0, size, _READ_AT_ONCE):
-        numbers = range(start, min(start + _READ_AT_ONCE, size))
+def _examples(opened: _Opened, place: str, numbers: range) -> Iterator[Mapping[str, Any]]:
+    for start in range(0, len(numbers), _READ_AT_ONCE):
+        chunk = numbers[start : start + _READ_AT_ONCE]
         try:
-            examples = opened.examples.__getitems__(list(numbers))
+            examples = opened.examples.__getitems__(list(chunk))
         except (OSError, RuntimeError, ValueError) as error:
-            where = f"examples {start + 1} to {numbers[-1] + 1}"
+            where = f"examples {chunk[0] + 1} to {chunk[-1] + 1}"
             raise UserError(f"{place}: {where} cannot be read, a file is damaged: {_line(error)}") from error
         yield from examples
 

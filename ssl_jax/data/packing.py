@@ -11,7 +11,8 @@ Axes: T places of a row.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import overload
 
 import numpy as np
 
@@ -111,35 +112,83 @@ def cut_windows(
     )
 
 
-def pack(sizes: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing (Johnson 1974): indices of the windows of each row.
+@dataclasses.dataclass(frozen=True)
+class PackedRows(Sequence[list[int]]):
+    """Which windows share a row: as a sequence the windows of every row, in memory two int64 arrays.
+
+    Attributes:
+      members: windows of the first row, then those of the second, ….
+      starts: where each row begins in `members`, and the end.
+    """
+
+    members: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        return self.members[self.starts[row] : self.starts[row + 1]].tolist()
+
+
+def pack(sizes: np.ndarray, capacity: int) -> PackedRows:
+    """Best-fit decreasing bin packing (Johnson 1974): the windows of each row.
 
     Among equal sizes the given order decides, so shuffling the input shuffles who shares a row.
+
+    Args:
+      sizes: places that each window takes, at least 1.
+      capacity: places of a row.
 
     Raises:
       ValueError: a size exceeds the capacity.
     """
     if len(sizes) and sizes.max() > capacity:
         raise ValueError(f"a window of {sizes.max()} places does not fit a row of {capacity}")
-    rows: list[list[int]] = []
+    row_of: list[int] = []  # of the windows by decreasing size
+    number = 0
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by remaining places
     occupied = 0  # bit r is set where open_rows[r] is not empty: the tightest fit is one bit scan
-    for index in np.argsort(-np.asarray(sizes), kind="stable").tolist():
-        size = int(sizes[index])
-        fitting = occupied >> size
-        if fitting:
-            remaining = size + (fitting & -fitting).bit_length() - 1
-            row = open_rows[remaining].pop()
-            if not open_rows[remaining]:
-                occupied &= ~(1 << remaining)
-        else:
-            remaining, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        if remaining > size:
-            open_rows[remaining - size].append(row)
-            occupied |= 1 << (remaining - size)
-    return rows
+    for size, left in _sizes_and_counts(sizes):
+        while left:
+            fitting = occupied >> size
+            remaining = size + (fitting & -fitting).bit_length() - 1 if fitting else capacity
+            # What a row has left after it took a window fits tighter than before, so it takes the next one, too. Hence
+            # rows with equal places left are filled together, each with as many windows as go into it.
+            each = remaining // size
+            count = -(-left // each)
+            if fitting:
+                rows = open_rows[remaining][: -count - 1 : -1]
+                del open_rows[remaining][-count:]
+                if not open_rows[remaining]:
+                    occupied &= ~(1 << remaining)
+            else:
+                rows = list(range(number, number + count))
+                number += count
+            placed = min(left, each * len(rows))
+            row_of += rows if each == 1 else np.repeat(rows, each)[:placed].tolist()
+            left -= placed
+            last = remaining - size * (placed - each * (len(rows) - 1))
+            for places, filled in ((remaining - size * each, rows[:-1]), (last, rows[-1:])):
+                if places and filled:
+                    open_rows[places] += filled
+                    occupied |= 1 << places
+    rows_N = np.array(row_of, np.int64)
+    members = np.argsort(-np.asarray(sizes), kind="stable")[np.argsort(rows_N, kind="stable")]
+    return PackedRows(members, np.concatenate([[0], np.cumsum(np.bincount(rows_N, minlength=number))]))
+
+
+def _sizes_and_counts(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Every size, the largest first, and how many windows have it."""
+    values, counts = np.unique(sizes, return_counts=True)
+    return zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True)
 
 
 def assemble(pieces: Sequence[tuple[np.ndarray, np.ndarray]], sequence_length: int) -> Row:

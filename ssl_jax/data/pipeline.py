@@ -1,40 +1,63 @@
-"""From a configuration to a prepared directory: read, check, clean, split, fit the tokenizer, encode, store.
+"""From a configuration to a prepared directory: read, check, clean, select, fit the tokenizer, encode, store.
 
 The directory's name is a hash of everything that decides its content, so an equal request finds it and a changed
 source makes another one. `data.prepared_dir` holds these directories, and copies of the `summary.json` and the
 `rejected.jsonl` of the request that came last, where people and scripts look for them.
+
+Texts are never in memory all at once. The sources are cut into pieces; each becomes clean dialogues in a spool on disk,
+and a few numbers of every dialogue, from which it is decided what becomes of it. Then each shard is encoded from the
+spool. Pieces and shards are independent of each other and complete or absent, so that several processes make them and
+an interrupted call is continued.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-import hashlib
+import fcntl
+import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssl_jax import files
-from ssl_jax.config import Config, Data, Source
-from ssl_jax.data import annotation, chatterbot, chitchat, formats, named, splits, store
-from ssl_jax.data.cleaning.apply import Counts, clean, step_functions
-from ssl_jax.data.duplicates import drop_duplicates, drop_near_duplicates, refuse_leaks, text_hash
-from ssl_jax.data.formats import Expected, Rejected
-from ssl_jax.data.packaged import Packaged, Part, ResolvedSource
-from ssl_jax.data.store import Prepared, Record
-from ssl_jax.data.tokenizer import DialogueTokenizer, count_reply_bytes
+from ssl_jax.config import Config, Data
+from ssl_jax.data import (
+    annotation,
+    beam_runner,
+    examples,
+    languages,
+    pieces,
+    processes,
+    selection,
+    shards,
+    sources,
+    spool,
+    store,
+)
+from ssl_jax.data.cleaning.apply import step_functions
+from ssl_jax.data.formats import Rejected
+from ssl_jax.data.packaged import ResolvedSource
+from ssl_jax.data.selection import Selection
+from ssl_jax.data.shards import Record
+from ssl_jax.data.spool import Spool
+from ssl_jax.data.store import Prepared
+from ssl_jax.data.tokenizer import DialogueTokenizer
 from ssl_jax.dialogue import Dialogue
 from ssl_jax.errors import UserError
 
-# What a tokenizer may be made of. Weights often lie beside it, and are no part of it.
-_TOKENIZER_SUFFIXES = {".json", ".txt", ".jinja"}
-
-# The data sets that `Source.dataset` names.
-_PACKAGED: Mapping[str, Packaged] = {"chitchat": chitchat, "chatterbot": chatterbot}
-
-# A dialogue and the bytes of its replies as the source wrote them.
-_Item = tuple[Dialogue, int]
+# Shards as large as this are made one after the other even where few would do.
+_MIN_SHARD_BYTES = 2**22
+_MAX_SHARD_BYTES = 2**30
+_SHARDS = 64
+_SECONDS_BETWEEN_NEWS = 10.0
 
 
 def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
@@ -46,16 +69,33 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
 
     Raises:
       UserError: a source that is missing or cannot be read, no labeled rows, no unlabeled rows although the
-        configuration trains on them, or too many malformed rows.
+        configuration trains on them, too many malformed rows, or a folder that cannot be written.
     """
-    sources = _resolve(config)
-    content_hash = _content_hash(config, sources)
+    resolved = sources.resolve(config)
+    content_hash = sources.content_hash(config, resolved)
     directory = Path(config.data.prepared_dir) / content_hash[:16]
     if (directory / "summary.json").is_file():
         say(f"prepared data: {directory} (found)")
         prepared = Prepared.open(directory)
     else:
-        prepared = _build(config, sources, directory, content_hash, say)
+        if config.data.beam_options is not None:
+            beam_runner.check(config.data.beam_options)
+        shards.make_folder(directory.parent)
+        try:
+            with _working_directory(directory, say) as working:
+                prepared = _build(config, resolved, working, directory, content_hash, say)
+        except processes.Killed:
+            raise UserError(
+                "a process that prepared data was killed (out of memory?) or could not start (in a script of your own, "
+                "call prepare under if __name__ == '__main__')\n"
+                "run the same again, with a smaller data.num_proc: it goes on where it stopped"
+            ) from None
+        except OSError as error:
+            what = f"{error.filename}: " if error.filename else ""
+            raise UserError(
+                f"data.prepared_dir {directory.parent}: cannot be written: {what}{error.strerror or error}\n"
+                "what is done is kept: make room, and run the same command again"
+            ) from error
         say(f"prepared data: {directory}")
     for name in ("summary.json", "rejected.jsonl"):
         files.write_text(directory.parent / name, (directory / name).read_text(encoding="utf-8"))
@@ -67,268 +107,218 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     return prepared
 
 
-@dataclasses.dataclass
-class _Gathered:
-    """What the sources yielded, before cleaning."""
-
-    labeled: dict[str, list[_Item]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
-    unsplit: list[_Item] = dataclasses.field(default_factory=list)
-    unlabeled: list[_Item] = dataclasses.field(default_factory=list)
-    rejected: list[Rejected] = dataclasses.field(default_factory=list)
-    accepted: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-
-
-def _resolve(config: Config) -> list[ResolvedSource]:
-    """Finds every source's files, so that a mistake in any of them is reported before work begins."""
-    if not config.data.labeled:
-        raise UserError("data.labeled: no source; name a file of dialogues that end in an assistant turn")
-    if not config.data.unlabeled and config.train.unlabeled_ratio > 0:
-        raise UserError(
-            f"data.unlabeled: no source, but train.unlabeled_ratio is {config.train.unlabeled_ratio:g}; "
-            "add a source or set train.unlabeled_ratio 0"
-        )
-    resolved = []
-    sections: tuple[tuple[Expected, Sequence[Source]], ...] = (
-        ("labeled", config.data.labeled),
-        ("unlabeled", config.data.unlabeled),
-    )
-    for expected, sources in sections:
-        for source in sources:
-            resolved.append(ResolvedSource(expected, source, _source_files(expected, source)))
-    packaged = [(source.dataset, source.language) for source in config.data.labeled if source.dataset]
-    for name, language in packaged:
-        if packaged.count((name, language)) > 1:
-            raise UserError(f"data.labeled: dataset {' '.join([name, *language])} is named twice")
-    return resolved
-
-
-def _source_files(expected: Expected, source: Source) -> tuple[Path, ...]:
-    where = f"data.{expected}"
-    try:
-        if source.dataset:
-            packaged = _PACKAGED[source.dataset]
-            allowed = (None, "labeled") if expected == "labeled" else packaged.UNLABELED_REGIMES
-            if source.regime not in allowed:
-                names = ", ".join(name for name in allowed if name)
-                raise UserError(f"dataset {source.dataset} with regime {source.regime!r}; use one of: {names}")
-            return tuple(packaged.data_files(source))
-        if source.regime:
-            place = ResolvedSource(expected, source, ()).place
-            raise UserError(f"{place}: regime {source.regime!r} is for packaged data sets; remove it")
-        return tuple(formats.find_files(source) if source.path else named.data_files(source))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _content_hash(config: Config, sources: Sequence[ResolvedSource]) -> str:
-    """SHA-256 (hex) of all that decides the prepared content: bytes of the sources, settings, and our own version."""
-    digests: dict[Path, str] = {}
-
-    def file_hash(file: Path) -> str:
-        if file not in digests:
+@contextlib.contextmanager
+def _working_directory(directory: Path, say: Callable[[str], None]) -> Iterator[Path]:
+    """The folder in which `directory` is made, which other processes wait for; an interrupted call leaves it."""
+    working = directory.with_name(f".{directory.name}.incomplete")
+    while True:
+        working.mkdir(exist_ok=True)
+        with open(working / "lock", "w") as lock:
             try:
-                with open(file, "rb") as stream:
-                    digests[file] = hashlib.file_digest(stream, "sha256").hexdigest()
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-        return digests[file]
-
-    tokenizer: Any = config.tokenizer.vocab_size
-    if config.tokenizer.name_or_path:
-        folder = Path(config.tokenizer.name_or_path)
-        texts = sorted(f for f in folder.iterdir() if f.suffix in _TOKENIZER_SUFFIXES) if folder.is_dir() else []
-        hashes = [[file.name, file_hash(file)] for file in texts]
-        tokenizer = [config.tokenizer.name_or_path, config.tokenizer.template, hashes]
-    ingredients = {
-        "format_version": store.FORMAT_VERSION,
-        "data": config.data.model_dump(exclude={"prepared_dir"}),
-        "seed": config.seed if config.data.split_by == "fraction" else None,
-        "tokenizer": tokenizer,
-        "sources": [
-            [resolved.expected, [[file.name, file_hash(file)] for file in resolved.files]] for resolved in sources
-        ],
-    }
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"another process prepares {directory}; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            # Whoever had the lock may have finished and moved the folder away.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(working / "lock")):
+                    try:
+                        yield working
+                    except UserError:  # to be continued by nobody: what is fixed has another name
+                        shutil.rmtree(working, ignore_errors=True)
+                        raise
+                    return
 
 
 def _build(
     config: Config,
-    sources: Sequence[ResolvedSource],
+    resolved: Sequence[ResolvedSource],
+    working: Path,
     directory: Path,
     content_hash: str,
     say: Callable[[str], None],
 ) -> Prepared:
-    step_functions(config.data.cleaning)  # a package that a step lacks is told before any work
+    if (directory / "summary.json").is_file():  # made by whom we waited for
+        shutil.rmtree(working, ignore_errors=True)
+        return Prepared.open(directory)
+    data = config.data
+    step_functions(data.cleaning)  # a package that a step lacks is told before any work
     name = config.tokenizer.name_or_path
     pretrained = DialogueTokenizer.load(name, template=config.tokenizer.template) if name else None
-    gathered = _gather(config, sources)
-    rejected = [_rejected_row(row) for row in gathered.rejected]
-    _check_rejected(config, gathered, directory, rejected)
-    if not gathered.unsplit and not gathered.labeled["labeled_train"]:
-        names = ", ".join(resolved.name for resolved in sources if resolved.expected == "labeled")
+    spooled = _spool(data, resolved, working / "spool", say)
+    chosen = selection.select(spooled, data, config.seed)
+    rejected = [*spooled.rejected, *chosen.rejected]
+    found = sum(chosen.sources.values())
+    _check_rejected(data, rejected, found, directory)
+    if not any(source.expected == "labeled" and chosen.sources.get(n) for n, source in enumerate(resolved)):
+        names = ", ".join(source.name for source in resolved if source.expected == "labeled")
         raise UserError(
             f"data.labeled: no labeled dialogues in {names}; a row has messages that end in an assistant turn"
         )
-    say(f"read {sum(gathered.accepted.values())} dialogues, rejected {len(rejected)} rows")
+    say(f"read {found:,} dialogues, rejected {len(rejected):,} rows")
+    if not len(chosen.rows["labeled_train"]):
+        removed = ", ".join(f"{step} {count}" for step, count in chosen.removed.most_common())
+        raise UserError(f"data.labeled: nothing is left to train on; removed, unlabeled dialogues included: {removed}")
 
-    counts = Counts()
-    parts = _split_and_clean(config, gathered, counts)
-    tokenizer = pretrained or _fit_tokenizer(config, parts)
+    if (working / "tokenizer").is_dir():
+        tokenizer = DialogueTokenizer.load(working / "tokenizer")
+    else:
+        tokenizer = pretrained or _fit_tokenizer(config, spooled, chosen)
+        tokenizer.save(working / "tokenizer.partial")
+        (working / "tokenizer.partial").rename(working / "tokenizer")
     made = f", template {tokenizer.template}" if pretrained else ", fitted on the train text"
     say(f"tokenizer of {tokenizer.vocab_size} tokens{made}")
+    counts = _write_shards(data, working, spooled, chosen, say)
+
+    per_source: collections.Counter[str] = collections.Counter()
+    kept: collections.Counter[str] = collections.Counter()
+    stored = np.bincount(spooled.keys["source"][np.concatenate(list(chosen.rows.values()))], minlength=len(resolved))
+    for number, source in enumerate(resolved):
+        if count := chosen.sources.get(number):
+            per_source[source.name] += count
+        kept[source.name] += int(stored[number])
+    places = {step.step: place for place, step in enumerate(data.cleaning)}
+
+    def in_order(by_step: Mapping[str, Any]) -> dict[str, Any]:
+        """Steps of cleaning as they are applied, then what comes after them."""
+        return {step: by_step[step] for step in sorted(by_step, key=lambda step: places.get(step, len(places)))}
+
     summary = {
         "content_hash": content_hash,
-        "rejected": dict(collections.Counter(row.reason for row in gathered.rejected)),
-        "removed": dict(counts.removed),
-        "changed": dict(counts.changed),
-        "sources": dict(gathered.accepted),
+        "rejected": dict(collections.Counter(row.reason for row in rejected)),
+        "removed": in_order(chosen.removed),
+        "changed": in_order(chosen.changed),
+        "sources": dict(per_source),
+        "kept": dict(kept),
+        "languages": languages.summarize(spooled, chosen.rows),
     }
-    if config.data.annotate:
-        summary["annotation"] = annotation.summarize(dialogue for items in parts.values() for dialogue, _ in items)
-    records = {split: _records(items, tokenizer) for split, items in parts.items()}
-    return store.write(directory, records, tokenizer, summary, rejected)
-
-
-def _gather(config: Config, sources: Sequence[ResolvedSource]) -> _Gathered:
-    """Reads every source: the packaged data sets, then the others in order."""
-    gathered = _Gathered()
-    for name in dict.fromkeys(resolved.source.dataset for resolved in sources if resolved.source.dataset):
-        ours = [resolved for resolved in sources if resolved.source.dataset == name]
-        for resolved, part, row in _PACKAGED[name].dialogues(ours):
-            _add(gathered, resolved, row, part)
-    in_order = [resolved for resolved in sources if not resolved.source.dataset]
-    names = _short_names([file for resolved in in_order if resolved.source.path for file in resolved.files])
-    places = _short_names([Path(resolved.place) for resolved in in_order if not resolved.source.path])
-    seen: dict[Expected, dict[str, str]] = {"labeled": {}, "unlabeled": {}}
-    for resolved in in_order:
-        source, expected = resolved.source, resolved.expected
-        limit = config.data.max_turn_bytes
-        if source.path:
-            rows = formats.read(source, expected, limit, names, seen[expected])
-        else:
-            name = resolved.name.replace(resolved.place, places[Path(resolved.place)], 1)
-            rows = named.read(source, expected, limit, name, seen[expected])
-        accepted = gathered.accepted[resolved.name]
-        for row in rows:
-            _add(gathered, resolved, row)
-            if source.max_dialogues and gathered.accepted[resolved.name] - accepted == source.max_dialogues:
-                break
-    return gathered
-
-
-def _add(gathered: _Gathered, resolved: ResolvedSource, row: Dialogue | Rejected, part: Part | None = None) -> None:
-    """Puts a row where it goes, and says in its metadata where it came from unless it knows that itself."""
-    if isinstance(row, Rejected):
-        gathered.rejected.append(row)
-        return
-    item = dataclasses.replace(row, metadata={"source": resolved.name, **row.metadata}), count_reply_bytes(row)
-    if part is not None:
-        gathered.labeled[f"labeled_{part}"].append(item)
-    else:
-        (gathered.unsplit if resolved.expected == "labeled" else gathered.unlabeled).append(item)
-    gathered.accepted[resolved.name] += 1
-
-
-def _short_names(files: Sequence[Path]) -> dict[Path, str]:
-    """File names without folders, which keep ids stable when data moves; the whole path where two would be equal."""
-    folders = collections.defaultdict(set)
-    for file in files:
-        folders[file.name].add(file.parent)
-    return {file: file.name if len(folders[file.name]) == 1 else str(file) for file in files}
-
-
-def _check_rejected(config: Config, gathered: _Gathered, directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Stops when too many rows are malformed, leaving the list of them in `data.prepared_dir`."""
-    total = len(rows) + sum(gathered.accepted.values())
-    if not rows or len(rows) <= config.data.max_rejected_fraction * total:
-        return
-    path = directory.with_name("rejected.jsonl")
-    store.make_folder(path.parent)
-    files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    reasons = collections.Counter(row.reason for row in gathered.rejected).most_common()
-    first = gathered.rejected[0]
-    raise UserError(
-        f"{len(rows)} of {total} rows are malformed ({', '.join(f'{reason}: {count}' for reason, count in reasons)}), "
-        f"more than data.max_rejected_fraction {config.data.max_rejected_fraction:g}\n"
-        f"first: {first.file}:{first.line}: {first.reason}{f' ({first.detail})' if first.detail else ''}; all: {path}"
-    )
+    if data.annotate:
+        rows = np.concatenate(list(chosen.rows.values()))
+        summary["annotation"] = annotation.summarize(spooled.dialogues(rows))
+    left_out = {
+        step: [examples.shown(dialogue, None) for dialogue in spooled.dialogues(rows)]
+        for step, rows in chosen.left_out.items()
+    }
+    files.write_json(working / "examples.json", in_order({**spooled.examples(), **left_out}))
+    shutil.rmtree(working / "spool")
+    prepared = shards.complete(working, directory, counts, tokenizer, summary, map(_rejected_row, rejected))
+    (directory / "lock").unlink(missing_ok=True)
+    return prepared
 
 
 def _rejected_row(row: Rejected) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(row).items() if value != ""}
 
 
-def _split_and_clean(config: Config, gathered: _Gathered, counts: Counts) -> dict[str, list[_Item]]:
-    """Clean dialogues by split, none of them on two sides."""
-    data = config.data
-    parts = {split: list(_kept(gathered.labeled.get(split, ()), data, counts)) for split in store.LABELED_SPLITS}
-    unsplit = list(_kept(gathered.unsplit, data, counts))
-    sides = splits.assign(
-        _dialogues(unsplit), data.split_by, data.test_size, data.dev_size, config.seed, data.near_duplicate_threshold
+def _spool(data: Data, resolved: Sequence[ResolvedSource], folder: Path, say: Callable[[str], None]) -> Spool:
+    """Reads, cleans and annotates all sources."""
+    folder.mkdir(exist_ok=True)
+    cut = pieces.cut(resolved)
+    _run("read", functools.partial(spool.write, folder, data), cut, [piece.size for piece in cut], folder, data, say)
+    return Spool(folder, len(cut))
+
+
+def _run(
+    what: str, function: Any, tasks: Sequence[Any], sizes: Sequence[int], folder: Path, data: Data, say: Any
+) -> None:
+    """Runs tasks, and says how far they are every now and then; `folder` is for the time of it."""
+    if data.beam_options is not None:
+        beam_runner.run(function, tasks, folder, data.beam_options)
+        say(f"{what} {sum(sizes) / 1e6:,.0f} MB on Apache Beam")
+        return
+    done, told = 0, time.monotonic()
+    for size in processes.run(function, tasks, sizes, data.num_proc):
+        done += size
+        if time.monotonic() - told > _SECONDS_BETWEEN_NEWS:
+            say(f"{what} {done / 1e6:,.0f} of {sum(sizes) / 1e6:,.0f} MB")
+            told = time.monotonic()
+
+
+def _check_rejected(data: Data, rejected: Sequence[Rejected], accepted: int, directory: Path) -> None:
+    """Stops when too many rows are malformed, leaving the list of them in `data.prepared_dir`."""
+    total = len(rejected) + accepted
+    if not rejected or len(rejected) <= data.max_rejected_fraction * total:
+        return
+    path = directory.with_name("rejected.jsonl")
+    files.write_text(path, "".join(json.dumps(_rejected_row(row)) + "\n" for row in rejected))
+    reasons = collections.Counter(row.reason for row in rejected).most_common()
+    first = rejected[0]
+    raise UserError(
+        f"{len(rejected)} of {total} rows are malformed ({', '.join(f'{reason}: {count}' for reason, count in reasons)}"
+        f"), more than data.max_rejected_fraction {data.max_rejected_fraction:g}\n"
+        f"first: {first.file}:{first.line}: {first.reason}{f' ({first.detail})' if first.detail else ''}; all: {path}"
     )
-    for item, side in zip(unsplit, sides, strict=True):
-        parts[f"labeled_{side}"].append(item)
-    unlabeled = list(_kept(gathered.unlabeled, data, counts))
-    for split, kind in (("raw_train", "raw"), ("prompt_train", "prompt")):
-        parts[split] = [item for item in unlabeled if item[0].kind == kind]
-
-    def hashes(*names: str) -> set[bytes]:
-        return {text_hash(dialogue) for name in names for dialogue, _ in parts[name]}
-
-    test = hashes("labeled_test", "labeled_test_seen")
-    parts["labeled_dev"] = list(drop_duplicates(parts["labeled_dev"], test, set(), counts))
-    held_out = test | hashes("labeled_dev")
-    parts["labeled_train"] = list(drop_duplicates(parts["labeled_train"], held_out, set(), counts))
-    labeled = hashes("labeled_train")
-    for split in store.UNLABELED_SPLITS:
-        # A prompt may repeat raw text: the two are learned from in different ways.
-        parts[split] = list(drop_duplicates(parts[split], held_out, set(labeled), counts))
-    if data.near_duplicate_threshold is not None:
-        _drop_near_duplicates(parts, data.near_duplicate_threshold, counts)
-    refuse_leaks(
-        [dialogue for split in ("labeled_train", *store.UNLABELED_SPLITS) for dialogue in _dialogues(parts[split])],
-        _dialogues(parts["labeled_test"] + parts["labeled_test_seen"] + parts["labeled_dev"]),
-    )
-    # Last, since it changes texts; and never to held-out dialogues, which it would tell what their reply is about.
-    parts["labeled_train"] = [
-        (annotation.keyword_prefix(dialogue, data.keyword_prefix, data.language), size)
-        for dialogue, size in parts["labeled_train"]
-    ]
-    return parts
 
 
-def _kept(items: Iterable[_Item], data: Data, counts: Counts) -> Iterator[_Item]:
-    """Clean dialogues that meet the conditions, annotated."""
-    for dialogue, size in clean(items, counts, data.cleaning):
-        kept = annotation.select(dialogue, data)
-        if kept is None:
-            counts.add("keep_if", dialogue, None)
-        else:
-            yield kept, size
-
-
-def _drop_near_duplicates(parts: dict[str, list[_Item]], threshold: float, counts: Counts) -> None:
-    """Takes what nearly repeats out of `parts`, in the order in which `_split_and_clean` takes out repetitions."""
-    held_out = _dialogues(parts["labeled_test"] + parts["labeled_test_seen"])
-    parts["labeled_dev"] = drop_near_duplicates(parts["labeled_dev"], held_out, (), threshold, counts)
-    held_out += _dialogues(parts["labeled_dev"])
-    parts["labeled_train"] = drop_near_duplicates(parts["labeled_train"], held_out, (), threshold, counts)
-    labeled = _dialogues(parts["labeled_train"])
-    for split in store.UNLABELED_SPLITS:
-        parts[split] = drop_near_duplicates(parts[split], held_out, labeled, threshold, counts)
-
-
-def _dialogues(items: Sequence[_Item]) -> list[Dialogue]:
-    return [dialogue for dialogue, _ in items]
-
-
-def _fit_tokenizer(config: Config, parts: Mapping[str, Sequence[_Item]]) -> DialogueTokenizer:
+def _fit_tokenizer(config: Config, spooled: Spool, chosen: Selection) -> DialogueTokenizer:
     """Fits a BPE on what may be learned from: no held-out text."""
-    train = [parts[split] for split in ("labeled_train", *store.UNLABELED_SPLITS)]
-    texts = (turn.content for items in train for dialogue, _ in items for turn in dialogue.turns)
+    rows = np.concatenate([chosen.rows[split] for split in ("labeled_train", *store.UNLABELED_SPLITS)])
+    keys = spooled.keys[rows]
+    if keys["size"].sum() > config.tokenizer.fit_bytes:
+        drawn = np.argsort(keys["text"][:, 0], kind="stable")
+        rows = rows[np.sort(drawn[np.cumsum(keys["size"][drawn]) <= config.tokenizer.fit_bytes])]
+    texts = (turn.content for dialogue in spooled.dialogues(rows) for turn in dialogue.turns)
     return DialogueTokenizer.fit(texts, config.tokenizer.vocab_size)
 
 
-def _records(items: Sequence[_Item], tokenizer: DialogueTokenizer) -> Iterator[Record]:
-    for (dialogue, _), encoded in zip(items, tokenizer.encode_all(items), strict=True):
-        yield Record(encoded, dialogue)
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """A shard to be written: its file, and the file with the keys of its dialogues."""
+
+    split: str
+    path: Path
+    keys: Path
+
+
+def _write_shards(
+    data: Data, working: Path, spooled: Spool, chosen: Selection, say: Callable[[str], None]
+) -> dict[str, int]:
+    """Encodes and writes what was chosen; returns the number of shards of every split."""
+    tasks, task_sizes, counts = [], [], {}
+    sizes = {split: int(spooled.keys["size"][rows].sum()) for split, rows in chosen.rows.items()}
+    shard_bytes = min(max(sum(sizes.values()) // _SHARDS, _MIN_SHARD_BYTES), _MAX_SHARD_BYTES)
+    for split, rows in chosen.rows.items():
+        if len(rows) == 0:
+            continue
+        counts[split] = min(-(-sizes[split] // shard_bytes), len(rows))
+        for number, part in enumerate(np.array_split(rows, counts[split])):
+            path = shards.shard_path(working, split, number, counts[split])
+            keys = working / "spool" / f"{split}-{number}.npy"
+            np.save(keys, spooled.keys[part])
+            tasks.append(_Shard(split, path, keys))
+            task_sizes.append(int(spooled.keys["size"][part].sum()))
+    function = functools.partial(_write_shard, working, data)
+    _run("encoded", function, tasks, task_sizes, working / "spool", data, say)
+    return counts
+
+
+def _write_shard(working: Path, data: Data, shard: _Shard) -> None:
+    if not shards.is_written(shard.path):
+        shards.write_shard(shard.path, _records(working, data, shard))
+
+
+def _records(working: Path, data: Data, shard: _Shard) -> Iterator[Record]:
+    keys = np.load(shard.keys)
+    # Never of a held-out dialogue, which the phrases would tell what its reply is about.
+    phrases = data.keyword_prefix if shard.split == "labeled_train" else 0
+    pending: collections.deque[tuple[bytes, int]] = collections.deque()  # read, not encoded yet: text and turns
+
+    def dialogues() -> Iterator[tuple[Dialogue, int]]:
+        lines = spool.read_lines(working / "spool", keys)
+        for line, reply_bytes in zip(lines, keys["reply_bytes"].tolist(), strict=True):
+            dialogue = store.from_json(line)
+            if phrases:
+                dialogue = annotation.keyword_prefix(dialogue, phrases, data.language)
+                line = store.to_json(dialogue)
+            pending.append((line, len(dialogue.turns)))
+            yield dialogue, reply_bytes
+
+    encoded = _tokenizer(working / "tokenizer").encode_all(dialogues())
+    for tokens, source, text_hash in zip(encoded, keys["source"].tolist(), keys["text"].tolist(), strict=True):
+        line, turns = pending.popleft()
+        yield Record(tokens, line, tuple(text_hash), turns, source)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(directory: Path) -> DialogueTokenizer:
+    return DialogueTokenizer.load(directory)

@@ -1,4 +1,14 @@
-"""Which dialogues are held out: a pure function from dialogues to the names of their sides."""
+"""Which dialogues are held out: pure functions of what is known of them.
+
+hash: by a hash of the id; a dialogue keeps its side when others are added. Sizes are right on average.
+fraction: by a permutation of the seed; sizes are exact.
+group: like hash, by `metadata["group"]`: a group is never on two sides.
+time: the newest by `metadata["time"]` are test, those before them dev.
+
+hash and fraction put dialogues that are alike (of equal text, or nearly) on one side, where a dialogue that is added
+later and resembles members of two groups moves the later group. time and group follow what the metadata says. If chance
+leaves nothing to train on, the dialogues nearest to it do: a tiny set is trained on rather than held out.
+"""
 
 from __future__ import annotations
 
@@ -8,93 +18,99 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ssl_jax.data.duplicates import near_duplicates, text_hash
 from ssl_jax.dialogue import Dialogue
 from ssl_jax.errors import UserError
 
-Side = Literal["train", "dev", "test"]
+SplitBy = Literal["fraction", "time", "group", "hash"]
+
+SIDES = ("train", "dev", "test")
+
+
+def position(dialogue: Dialogue, split_by: SplitBy) -> float:
+    """A stable number in [0, 1) that decides the side of a dialogue, and of its group where groups decide.
+
+    Raises:
+      UserError: the dialogue has no group.
+    """
+    key = repr(_metadata(dialogue, "group")) if split_by == "group" else dialogue.id
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+
+
+def time(dialogue: Dialogue) -> Any:
+    """When a dialogue was.
+
+    Raises:
+      UserError: it does not say so.
+    """
+    return _metadata(dialogue, "time")
 
 
 def assign(
-    dialogues: Sequence[Dialogue],
-    split_by: Literal["fraction", "time", "group", "hash"],
+    positions: np.ndarray,
+    alike: np.ndarray,
+    split_by: SplitBy,
     test_size: float,
     dev_size: float,
     seed: int,
-    near_duplicate_threshold: float | None = None,
-) -> list[Side]:
-    """The side of every dialogue.
+    times: Sequence[tuple[Any, str]] = (),
+) -> np.ndarray:
+    """The side of every dialogue as its number among `SIDES`, uint8[N].
 
-    hash: by a hash of the id; a dialogue keeps its side when others are added. Sizes are right on average.
-    fraction: by a permutation of `seed`; sizes are exact.
-    group: like hash, by `metadata["group"]`: a group is never on two sides.
-    time: the newest by `metadata["time"]` are test, those before them dev.
-    hash and fraction put dialogues of equal text on one side, and with `near_duplicate_threshold` those that are nearly
-    equal, where a dialogue that is added later and resembles members of two groups moves the later group. time and
-    group follow what the metadata says. If chance leaves nothing to train on, the dialogues nearest to it do: a tiny
-    set is trained on rather than held out.
+    Args:
+      positions: float64[N], `position` of every dialogue.
+      alike: int64[N], for every dialogue the number of the first one that it must share its side with.
+      split_by: how; see above.
+      test_size: fraction of test.
+      dev_size: fraction of dev.
+      seed: of the permutation, for fraction.
+      times: for a split by time, `time` and id of every dialogue.
 
     Raises:
-      UserError: `time` or `group` is missing in a dialogue's metadata, or times cannot be compared.
+      UserError: times cannot be compared.
     """
     match split_by:
         case "hash":
-            first_ids = _first_alike(dialogues, near_duplicate_threshold)
-            return _by_position([_unit_interval(id) for id in first_ids], test_size, dev_size)
+            return _by_position(positions[alike], test_size, dev_size)
         case "group":
-            groups = _metadata(dialogues, "group")
-            return _by_position([_unit_interval(repr(group)) for group in groups], test_size, dev_size)
+            return _by_position(positions, test_size, dev_size)
         case "fraction":
-            first_ids = _first_alike(dialogues, near_duplicate_threshold)
-            units = list(dict.fromkeys(first_ids))
+            # np.unique sorts: units are numbered in the order of their first dialogues.
+            units, unit_of = np.unique(alike, return_inverse=True)
             order = np.random.default_rng(seed).permutation(len(units))
-            sides = dict(zip((units[i] for i in order), _by_rank(len(units), test_size, dev_size), strict=True))
-            return [sides[id] for id in first_ids]
+            sides = np.empty(len(units), np.uint8)
+            sides[order] = _by_rank(len(units), test_size, dev_size)
+            return sides[unit_of]
         case "time":
-            return _by_time(dialogues, test_size, dev_size)
+            return _by_time(times, test_size, dev_size)
 
 
-def _by_position(positions: Sequence[float], test_size: float, dev_size: float) -> list[Side]:
-    """`positions` in [0, 1): the lowest part is test, then dev, then train."""
-    start = min(test_size + dev_size, max(positions, default=0.0))
-    return ["train" if at >= start else "test" if at < test_size else "dev" for at in positions]
+def _by_position(positions: np.ndarray, test_size: float, dev_size: float) -> np.ndarray:
+    """The lowest part of [0, 1) is test, then dev, then train."""
+    train, dev, test = range(3)
+    start = min(test_size + dev_size, positions.max(initial=0.0))
+    return np.select([positions >= start, positions < test_size], [train, test], dev).astype(np.uint8)
 
 
-def _by_rank(number: int, test_size: float, dev_size: float) -> list[Side]:
+def _by_rank(number: int, test_size: float, dev_size: float) -> np.ndarray:
+    train, dev, test = range(3)
     held_out = min(round(number * (test_size + dev_size)), number - 1) if number else 0
-    test = min(round(number * test_size), held_out)
-    return ["test" if rank < test else "dev" if rank < held_out else "train" for rank in range(number)]
+    tested = min(round(number * test_size), held_out)
+    return np.repeat(np.array([test, dev, train], np.uint8), [tested, held_out - tested, number - held_out])
 
 
-def _by_time(dialogues: Sequence[Dialogue], test_size: float, dev_size: float) -> list[Side]:
-    times = _metadata(dialogues, "time")
+def _by_time(times: Sequence[tuple[Any, str]], test_size: float, dev_size: float) -> np.ndarray:
     try:
-        newest_first = sorted(range(len(dialogues)), key=lambda i: (times[i], dialogues[i].id), reverse=True)
+        newest_first = sorted(range(len(times)), key=times.__getitem__, reverse=True)
     except TypeError:
         raise UserError("data.split_by time: 'time' must be a number in every row, or text in every row") from None
-    sides: list[Side] = ["train"] * len(dialogues)
-    for index, side in zip(newest_first, _by_rank(len(dialogues), test_size, dev_size), strict=True):
-        sides[index] = side
+    sides = np.empty(len(times), np.uint8)
+    sides[np.array(newest_first, np.int64)] = _by_rank(len(times), test_size, dev_size)
     return sides
 
 
-def _metadata(dialogues: Sequence[Dialogue], key: str) -> list[Any]:
-    for dialogue in dialogues:
-        if dialogue.metadata.get(key) is None:
-            raise UserError(
-                f"data.split_by {key}: dialogue {dialogue.id} has no field '{key}'; add it to every row or use hash"
-            )
-    return [dialogue.metadata[key] for dialogue in dialogues]
-
-
-def _first_alike(dialogues: Sequence[Dialogue], near_duplicate_threshold: float | None) -> list[str]:
-    """For every dialogue, the id of the first one that has the same text, or nearly the same."""
-    if near_duplicate_threshold is not None:
-        return [dialogues[first].id for first in near_duplicates(dialogues, near_duplicate_threshold)]
-    first_ids: dict[bytes, str] = {}
-    return [first_ids.setdefault(text_hash(dialogue), dialogue.id) for dialogue in dialogues]
-
-
-def _unit_interval(text: str) -> float:
-    """A stable hash as a number in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+def _metadata(dialogue: Dialogue, key: str) -> Any:
+    if dialogue.metadata.get(key) is None:
+        raise UserError(
+            f"data.split_by {key}: dialogue {dialogue.id} has no field '{key}'; add it to every row or use hash"
+        )
+    return dialogue.metadata[key]

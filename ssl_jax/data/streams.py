@@ -12,13 +12,24 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain.python as grain
 import numpy as np
 
-from ssl_jax.data.packing import Row, Windows, assemble, cut_windows, pack, stack
+from ssl_jax.data.mixture import Mixture
+from ssl_jax.data.packing import PackedRows, Row, Windows, assemble, cut_windows, pack, stack
 from ssl_jax.data.tokenizer import EncodedDialogue
+
+
+@dataclasses.dataclass(frozen=True)
+class _EpochPlan:
+    """What an epoch shows: windows, which of them share a row, and the rows' order, int64."""
+
+    windows: Windows
+    rows: PackedRows
+    order: np.ndarray
 
 
 class PackedStream:
@@ -33,6 +44,7 @@ class PackedStream:
         default.
       overlap: tokens of context that a later window of a long dialogue repeats (`train.window_overlap`).
       context_weight: loss weight of a dialogue's tokens that are not targets (`objectives.prompt_loss_weight`).
+      weights: how many times an epoch shows each dialogue on average (`Source.weight`); once by default.
     """
 
     def __init__(
@@ -45,6 +57,7 @@ class PackedStream:
         prefix_lengths: np.ndarray | None = None,
         overlap: int = 0,
         context_weight: float = 0.0,
+        weights: np.ndarray | None = None,
     ):
         if not np.any(np.asarray(lengths) > 1):  # otherwise every epoch is empty, and row 0 is never reached
             raise ValueError("a stream needs at least one dialogue with a token to predict")
@@ -55,24 +68,40 @@ class PackedStream:
         self._sequence_length = sequence_length
         self._seed = seed
         self._context_weight = context_weight
+        self._mixture = None if weights is None else Mixture(weights, seed)
         self._first_rows = [0]  # row number at which each epoch starts
+        self._growing = threading.Lock()  # the loop asks for the epoch of a row while a thread reads ahead
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
 
     def rows_in_epoch(self, epoch: int) -> int:
-        """Packed rows that one pass over the dialogues takes."""
+        """Packed rows that an epoch takes; 0 where the weights are so small that it shows no dialogue."""
         self._reach_epoch(epoch)
         return self._first_rows[epoch + 1] - self._first_rows[epoch]
 
+    def tokens_in_epoch(self, epoch: int = 0) -> int:
+        """Tokens that an epoch feeds, those counted again that later windows of long dialogues repeat."""
+        return int(self._plan(epoch).windows.sizes.sum())
+
     def fill(self, epoch: int = 0) -> float:
-        """Fraction of the places of an epoch's rows that hold tokens."""
-        windows, rows = self._plan(epoch)
-        return float(windows.sizes.sum()) / (len(rows) * self._sequence_length)
+        """Fraction of the places of an epoch's rows that hold tokens; 1 where there are no rows."""
+        places = self.rows_in_epoch(epoch) * self._sequence_length
+        return self.tokens_in_epoch(epoch) / places if places else 1.0
 
     def long_dialogues(self, epoch: int = 0) -> tuple[int, int]:
-        """How many dialogues are longer than a row, and into how many windows an epoch cuts them."""
-        windows, _ = self._plan(epoch)
-        counts = np.bincount(windows.record)
-        return int((counts > 1).sum()), int(counts[counts > 1].sum())
+        """How many of an epoch's dialogues are longer than a row, and into how many windows it cuts them.
+
+        A dialogue that the epoch shows several times is one, the windows of all its copies count.
+        """
+        windows = self._plan(epoch).windows
+        records = windows.record[self._lengths[windows.record] - 1 > self._sequence_length]
+        return len(np.unique(records)), len(records)
+
+    def passes(self, rows: int) -> float:
+        """Passes over the dialogues that the first `rows` rows make; a whole number where an epoch ends."""
+        if rows == 0:
+            return 0.0
+        epoch = self.epoch_of(rows - 1)
+        return epoch + (rows - self._first_rows[epoch]) / self.rows_in_epoch(epoch)
 
     def epoch_of(self, row: int) -> int:
         """Which pass over the dialogues a row number belongs to."""
@@ -83,34 +112,36 @@ class PackedStream:
     def __getitem__(self, number: int) -> Row:
         """The row with that number, `[T]` arrays as in `packing.assemble`."""
         epoch = self.epoch_of(number)
-        windows, rows = self._plan(epoch)
-        return assemble(
-            [self._piece(windows, index) for index in rows[number - self._first_rows[epoch]]], self._sequence_length
-        )
+        plan = self._plan(epoch)
+        members = plan.rows[plan.order[number - self._first_rows[epoch]]]
+        return assemble([self._piece(plan.windows, index) for index in members], self._sequence_length)
 
     def _piece(self, windows: Windows, index: int) -> tuple[np.ndarray, np.ndarray]:
         dialogue = self._dialogues[int(windows.record[index])]
         return windows.piece(index, dialogue.tokens, dialogue.loss_mask, self._context_weight)
 
     def _reach_epoch(self, epoch: int) -> None:
-        while len(self._first_rows) <= epoch + 1:
-            rows = len(self._plan(len(self._first_rows) - 1)[1])
-            self._first_rows.append(self._first_rows[-1] + rows)
+        with self._growing:
+            while len(self._first_rows) <= epoch + 1:
+                rows = len(self._plan(len(self._first_rows) - 1).rows)
+                self._first_rows.append(self._first_rows[-1] + rows)
 
-    def _make_plan(self, epoch: int) -> tuple[Windows, list[list[int]]]:
+    def _make_plan(self, epoch: int) -> _EpochPlan:
         rng = np.random.default_rng((self._seed, epoch))
-        first = rng.integers(1, self._sequence_length + 1, len(self._lengths))
+        shown = np.arange(len(self._lengths)) if self._mixture is None else self._mixture.shown(epoch)
         windows = cut_windows(
-            self._lengths,
+            self._lengths[shown],
             self._sequence_length,
             overlap=self._overlap,
-            prefix_lengths=self._prefix_lengths,
-            first=first,
+            prefix_lengths=None if self._prefix_lengths is None else self._prefix_lengths[shown],
+            first=rng.integers(1, self._sequence_length + 1, len(shown)),
         )
-        order = rng.permutation(len(windows))
-        rows = pack(windows.sizes[order], self._sequence_length)
-        rng.shuffle(rows)
-        return windows, [[int(order[index]) for index in row] for row in rows]
+        windows = dataclasses.replace(windows, record=shown[windows.record])
+        shuffled = rng.permutation(len(windows))
+        rows = pack(windows.sizes[shuffled], self._sequence_length)
+        order = np.arange(len(rows))
+        rng.shuffle(order)
+        return _EpochPlan(windows, PackedRows(shuffled[rows.members], rows.starts), order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +159,10 @@ class Phase:
     stop: int
     rows: tuple[tuple[str, int], ...]
     first_row: Mapping[str, int]
+
+    def drawn_before(self, step: int) -> dict[str, int]:
+        """Rows of every stream that the steps before `step`, which is in `[start, stop]`, have drawn."""
+        return {**self.first_row, **{name: self.first_row[name] + n * (step - self.start) for name, n in self.rows}}
 
 
 class Batches:
@@ -175,6 +210,11 @@ class Batches:
         batch = stack([self._streams[name][row] for name, row in places], len(places), self._sequence_length)
         batch["stream"] = np.array([self._stream_ids[name] for name, _ in places], np.int32)
         return batch
+
+    def passes(self, step: int) -> dict[str, float]:
+        """Passes over every stream that the steps before `step`, which is in `[start, stop]`, have made."""
+        drawn = self._phase.drawn_before(step)
+        return {name: stream.passes(drawn[name]) for name, stream in self._streams.items()}
 
     def read(self, *, threads: int = 1, prefetch: int = 4) -> Iterator[Row]:
         """The batches in order, whoever makes them.

@@ -20,12 +20,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ssl_jax.config import TemplateName
-from ssl_jax.data import prompts, tokenizer_files
+from ssl_jax.data import prompts, tokenizer_files, word_cache
 from ssl_jax.data.assembly import Assembled, assemble
 from ssl_jax.data.chat_template import ChatTemplate, TemplateError
 from ssl_jax.data.prompts import Prompt
 from ssl_jax.data.templates import Content, Control, Joined, Layout, RoleTokens, Template
 from ssl_jax.data.tokenizer_files import TokenizerFiles
+from ssl_jax.data.word_cache import Encode
 from ssl_jax.dialogue import ROLES, Dialogue, Turn
 from ssl_jax.errors import UserError
 
@@ -158,7 +159,7 @@ class DialogueTokenizer:
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((end.id, self.end_of_text_id)))
         self.suppressed_ids: tuple[int, ...] = tuple(sorted(self._control_ids.difference(self.end_ids)))
         header = self._assemble([(Layout.of(self._template.header), ())])[0]
-        self.reply_start: np.ndarray = np.array(header.tokens, np.int32)
+        self.reply_start: np.ndarray = header.tokens
 
     @classmethod
     def fit(cls, texts: Iterable[str], vocab_size: int) -> DialogueTokenizer:
@@ -263,17 +264,16 @@ class DialogueTokenizer:
         """Like `encode` for many `(dialogue, reply bytes before cleaning)`, in order, on all cores."""
         iterator = iter(dialogues)
         while chunk := list(itertools.islice(iterator, _ENCODE_CHUNK)):
-            encoded = self._assemble([self._laid_out(dialogue.turns, prompt=False) for dialogue, _ in chunk])
-            for (dialogue, reply_bytes), ids in zip(chunk, encoded, strict=True):
-                mask = np.array(ids.mask, np.uint8)
-                mask[0] = 0
+            laid_out = [self._laid_out(dialogue.turns, prompt=False) for dialogue, _ in chunk]
+            for (dialogue, reply_bytes), ids in zip(chunk, self._assemble(laid_out, self._encode_many), strict=True):
+                ids.mask[0] = 0
                 yield EncodedDialogue(
-                    dialogue.id, np.array(ids.tokens, np.int32), mask, reply_bytes, ids.system_length, ids.unknown_bytes
+                    dialogue.id, ids.tokens, ids.mask, reply_bytes, ids.system_length, ids.unknown_bytes
                 )
 
     def encode_reply(self, text: str) -> np.ndarray:
         """int32[n] ids of a reply and its end token, as they continue a prompt."""
-        return np.array(self._assemble([(Layout.of(self._template.reply), (text,))])[0].tokens, np.int32)
+        return self._assemble([(Layout.of(self._template.reply), (text,))])[0].tokens
 
     def encode_prompt(self, dialogue: Dialogue, max_tokens: int, reply_prefix: str = "") -> Prompt:
         """The context to answer, up to the beginning of the reply; see `prompts.fit` for what is left out.
@@ -295,7 +295,7 @@ class DialogueTokenizer:
                     part._replace(turn=len(turns), right="") if isinstance(part, Content) else part for part in begun
                 ]
                 layout, contents = Layout.of([*layout.parts, *moved]), (*contents, reply_prefix)
-            return self._assemble([(layout, contents)])[0].tokens
+            return self._assemble([(layout, contents)])[0].tokens.tolist()
 
         return prompts.fit(dialogue.turns, max_tokens, encode, starts_anywhere=self._template.starts_anywhere)
 
@@ -326,8 +326,18 @@ class DialogueTokenizer:
         layout = self._layout(tuple(turn.role for turn in turns), prompt=prompt)
         return layout, tuple(turn.content for turn in turns)
 
-    def _assemble(self, laid_out: Sequence[tuple[Layout, tuple[str, ...]]]) -> list[Assembled]:
-        return assemble(self._backend, laid_out, unknown_id=self._unknown_id, lossless=self._lossless)
+    @functools.cached_property
+    def _encode_many(self) -> Encode:
+        return word_cache.make_encode(self._backend)
+
+    def _encode_few(self, texts: Sequence[str]) -> list[bytes]:
+        return word_cache.encode(self._backend, texts)
+
+    def _assemble(
+        self, laid_out: Sequence[tuple[Layout, tuple[str, ...]]], encode: Encode | None = None
+    ) -> list[Assembled]:
+        encode = encode or self._encode_few
+        return assemble(self._backend, laid_out, encode=encode, unknown_id=self._unknown_id, lossless=self._lossless)
 
     def _make_template(self, end_of_text: str, chat_template: str | None) -> Template:
         opening = _opening(self._backend)
@@ -374,7 +384,7 @@ class DialogueTokenizer:
             self._backend.encode_special_tokens = False
             expected = self._backend.encode(text, add_special_tokens=False).ids
             self._backend.encode_special_tokens = True
-            tokens = self._assemble([(self._layout(roles, prompt=prompt), contents)])[0].tokens
+            tokens = self._assemble([(self._layout(roles, prompt=prompt), contents)])[0].tokens.tolist()
             if tokens[: len(expected)] != expected:
                 raise TemplateError("gives other tokens when it is read in pieces, or changes what turns say")
 

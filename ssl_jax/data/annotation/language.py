@@ -6,12 +6,13 @@ import re
 from typing import Literal
 
 from ssl_jax.data.annotation.patterns import ADDRESS
+from ssl_jax.data.language_codes import code_of
 from ssl_jax.dialogue import Dialogue
 
 Language = Literal["en", "zh", "other"]
 """`other` has words and entities with a pattern of their own (URLs, e-mails), but no parts of speech nor keywords."""
 
-_NAMED: dict[str, Language] = {"en": "en", "eng": "en", "english": "en", "zh": "zh", "zho": "zh", "chinese": "zh"}
+_ANNOTATED: dict[str, Language] = {"en": "en", "zh": "zh"}
 
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 # Kana and Hangul: a text that has them beside Han characters is not Chinese.
@@ -32,7 +33,7 @@ def language_of(dialogue: Dialogue) -> Language:
     """
     named = dialogue.metadata.get("language")
     if isinstance(named, str) and named:
-        return _NAMED.get(re.split(r"[-_]", named.casefold())[0], "other")
+        return _ANNOTATED.get(code_of(named), "other")
     text = _ADDRESS.sub(" ", "\n".join(turn.content for turn in dialogue.turns))
     han = len(_HAN.findall(text))
     words = _WORD.findall(_HAN.sub(" ", text))

@@ -9,6 +9,7 @@ from typing import Any
 
 from ssl_jax.data.cleaning.characters import PUNCTUATION
 from ssl_jax.data.cleaning.turns import cut_content
+from ssl_jax.data.language_codes import code_of
 from ssl_jax.dialogue import Dialogue
 from ssl_jax.errors import UserError
 
@@ -29,7 +30,9 @@ def language(
     if len(text) < min_characters:
         return dialogue
     confidence = sum(
-        probability for code, probability in load_identifier().rank(text[:sample_characters]) if code in keep
+        probability
+        for code, probability in load_identifier().rank(text[:sample_characters])
+        if code in keep or code_of(code) in keep
     )
     return dialogue if confidence >= min_confidence else None
 

@@ -13,7 +13,10 @@ tells formats. Lines are streamed. A JSON array and a messenger's JSON export ar
 """
 
 from ssl_jax.data.formats.paths import find_files
-from ssl_jax.data.formats.reading import read
-from ssl_jax.data.formats.rows import Expected, Rejected, merge_consecutive
+from ssl_jax.data.formats.reading import Unit, cut, read, read_unit, units
+from ssl_jax.data.formats.rows import Accepted, Expected, Rejected, duplicate_id, merge_consecutive
 
-__all__ = ["Expected", "Rejected", "find_files", "merge_consecutive", "read"]
+__all__ = [
+    "Accepted", "Expected", "Rejected", "Unit", "cut", "duplicate_id", "find_files", "merge_consecutive", "read",
+    "read_unit", "units",
+]  # fmt: skip

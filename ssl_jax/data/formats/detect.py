@@ -49,7 +49,7 @@ def detect(file: Path, posts: PostFields) -> str:
 
 
 def _json(file: Path, first: Sequence[Line], posts: PostFields) -> str:
-    is_array = bool(first) and first[0].content.lstrip().startswith(b"[")
+    is_array = bool(first) and json_rows.is_array(first[0])
     for value in _array(file) if is_array else _lines(first):
         if isinstance(value, dict) and (format := _format_of(value, posts)):
             return format

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from ssl_jax.config import Source
 from ssl_jax.data.formats import json_text
-from ssl_jax.data.formats.lines import document, filled_lines
+from ssl_jax.data.formats.lines import Line, Span, document, filled_lines
 from ssl_jax.data.formats.rows import BadRow, Row, attempt, raw_turns
 from ssl_jax.dialogue import Role, Turn
 
@@ -29,33 +29,37 @@ _Parsed = tuple[tuple[Turn, ...], frozenset[str]]
 _Parser = Callable[[Mapping[str, Any], bool], _Parsed]
 
 
-def read_rows(file: Path, source: Source, format: str) -> Iterator[Row | BadRow]:
+def read_rows(file: Path, source: Source, format: str, span: Span | None = None) -> Iterator[Row | BadRow]:
     """The rows of JSON Lines, or of a file that is one JSON array.
 
     Args:
       file: what to read.
       source: `split_lines` decides how raw text becomes turns.
       format: one of `FORMATS`.
+      span: the part of JSON Lines to read; absent: all.
     """
-    for number, value in values(file, lambda row: not KEYS[format].isdisjoint(row)):
+    for number, value in values(file, lambda row: not KEYS[format].isdisjoint(row), span):
         if isinstance(value, BadRow):
             yield value.at(number)
         else:
             yield attempt(number, lambda number=number, value=value: row(number, value, format, source))
 
 
-def values(file: Path, is_row: Callable[[Mapping[str, Any]], bool]) -> Iterator[tuple[int, Any | BadRow]]:
+def values(
+    file: Path, is_row: Callable[[Mapping[str, Any]], bool], span: Span | None = None
+) -> Iterator[tuple[int, Any | BadRow]]:
     """The JSON values of a file, numbered by line, or by element if the file is one array.
 
     Args:
       file: what to read.
       is_row: whether an object of a broken array is an element of it.
+      span: the part to read of a file that is no array; absent: all.
     """
-    found = filled_lines(file)
+    found = filled_lines(file, span)
     first = next(found, None)
     if first is None:
         return
-    if not first.content.lstrip().startswith(b"["):
+    if span or not is_array(first):
         for line in itertools.chain([first], found):
             yield line.number, attempt(line.number, lambda line=line: json_text.load(line.text))
         return
@@ -70,6 +74,11 @@ def values(file: Path, is_row: Callable[[Mapping[str, Any]], bool]) -> Iterator[
             yield number, attempt(number, lambda element=element: json_text.checked(element))
     if damage:
         yield number + 1, damage
+
+
+def is_array(first: Line) -> bool:
+    """Whether a file whose first filled line this is holds one JSON array."""
+    return first.content.lstrip().startswith(b"[")
 
 
 def row(number: int, value: Any, format: str, source: Source) -> Row:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 _ZSTANDARD = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + low]) + b"\x2a\x4d\x18" for low in range(16)))
 _CHUNK_BYTES = 2**20
+_LINE_END = re.compile(rb"\n")
+_BLANK_LINE = re.compile(rb"\n[^\S\n]*\n")
 _GZIP_STEP_BYTES = 2**14
 # Four bytes can stand for a block of 128 KiB, so a step makes at most 16 MiB.
 _ZSTANDARD_STEP_BYTES = 2**9
@@ -77,8 +80,27 @@ class Line:
         return not self.content.strip() and not self.fault
 
 
-def chunks(file: Path) -> Iterator[bytes]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a file that is not compressed, from the beginning of a line to the end of one.
+
+    Attributes:
+      start: its first byte.
+      stop: the byte behind its last.
+      first_line: number of its first line, from 1.
+    """
+
+    start: int
+    stop: int
+    first_line: int
+
+
+def chunks(file: Path, span: Span | None = None) -> Iterator[bytes]:
     """The file's content, decompressed if it is gzip or Zstandard (told by its first bytes), in pieces.
+
+    Args:
+      file: what to read.
+      span: the part of it to read; absent: all.
 
     Raises:
       BadRow: compressed data is damaged or ends too soon; everything before that has been yielded.
@@ -86,6 +108,11 @@ def chunks(file: Path) -> Iterator[bytes]:
         thing (an archive, UTF-16, …).
     """
     with open(file, "rb") as stream:
+        if span:
+            stream.seek(span.start)
+            for left in range(span.stop - span.start, 0, -_CHUNK_BYTES):
+                yield stream.read(min(left, _CHUNK_BYTES))
+            return
         start = stream.read(4)
         stream.seek(0)
         if start.startswith(_GZIP):
@@ -113,13 +140,51 @@ def head(file: Path, size: int) -> bytes:
     return content[:size]
 
 
-def lines(file: Path) -> Iterator[Line]:
+def is_compressed(file: Path) -> bool:
+    """Whether the content has to be decompressed."""
+    with open(file, "rb") as stream:
+        start = stream.read(4)
+    return start.startswith(_GZIP) or start.startswith(_ZSTANDARD)
+
+
+def cut(file: Path, size: int, *, at_blank_lines: bool) -> list[Span]:
+    """Spans that make up a file that is not compressed, each of `size` bytes and what its last line has beyond that.
+
+    Args:
+      file: what to cut.
+      size: bytes of a span.
+      at_blank_lines: whether a span may end only where a blank line does.
+    """
+    boundary = _BLANK_LINE if at_blank_lines else _LINE_END
+    spans: list[Span] = []
+    start, first_line = 0, 1
+    read, lines_read = 0, 0  # before the chunk
+    with open(file, "rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            # Up to a line's end, so that no CRLF is looked at in halves.
+            chunk += stream.readline()
+            while found := boundary.search(chunk, max(0, start + size - 1 - read)):
+                stop = read + found.end()
+                spans.append(Span(start, stop, first_line))
+                start, first_line = stop, 1 + lines_read + _count_lines(chunk[: found.end()])
+            read, lines_read = read + len(chunk), lines_read + _count_lines(chunk)
+    if read > start:
+        spans.append(Span(start, read, first_line))
+    return spans
+
+
+def _count_lines(content: bytes) -> int:
+    ends = content.count(b"\n")
+    return ends + content.count(b"\r") - content.count(b"\r\n") if b"\r" in content else ends
+
+
+def lines(file: Path, span: Span | None = None) -> Iterator[Line]:
     """Every line, blank ones included. What damage cut off is one line with a fault."""
-    number = 0
+    number = span.first_line - 1 if span else 0
     pending: list[bytes] = []  # of a line that is not complete yet
     too_long = False
     fault: tuple[str, str] | None = None
-    pieces = chunks(file)
+    pieces = chunks(file, span)
     while True:
         try:
             chunk = next(pieces, None)
@@ -155,14 +220,14 @@ def _line(number: int, content: bytes, too_long: bool) -> Line:
     return Line(number, content.removeprefix(_BYTE_ORDER_MARK) if number == 1 else content)
 
 
-def filled_lines(file: Path) -> Iterator[Line]:
+def filled_lines(file: Path, span: Span | None = None) -> Iterator[Line]:
     """Every line that is not blank."""
-    return (line for line in lines(file) if not line.is_blank)
+    return (line for line in lines(file, span) if not line.is_blank)
 
 
-def blocks(file: Path) -> Iterator[list[Line] | BadRow]:
+def blocks(file: Path, span: Span | None = None) -> Iterator[list[Line] | BadRow]:
     """Runs of lines that are not blank; one that is too large comes as what is wrong with it."""
-    for blank, group in itertools.groupby(lines(file), key=lambda line: line.is_blank):
+    for blank, group in itertools.groupby(lines(file, span), key=lambda line: line.is_blank):
         if blank:
             continue
         block: list[Line] = []

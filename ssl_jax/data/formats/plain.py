@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ssl_jax.config import Source
-from ssl_jax.data.formats.lines import MAX_LINE_BYTES, Line, blocks, filled_lines, joined
+from ssl_jax.data.formats.lines import MAX_LINE_BYTES, Line, Span, blocks, filled_lines, joined
 from ssl_jax.data.formats.rows import BadRow, Row, attempt, merge_consecutive, raw_turns, role_of
 from ssl_jax.dialogue import Role, Turn
 
@@ -17,21 +17,21 @@ _PARLAI_FIELD = re.compile(r"(?:^|\t)(\w+):")
 _PARLAI_ESCAPES = (("\\n", "\n"), ("\\t", "\t"), ("__PIPE__", "|"))
 
 
-def read_text(file: Path, source: Source) -> Iterator[Row | BadRow]:
+def read_text(file: Path, source: Source, span: Span | None = None) -> Iterator[Row | BadRow]:
     """Dialogues of raw text, a blank line between two."""
-    for block in blocks(file):
+    for block in blocks(file, span):
         if isinstance(block, BadRow):
             yield block
         else:
             yield attempt(block[0].number, lambda block=block: _text(block, source))
 
 
-def read_log(file: Path, source: Source) -> Iterator[Row | BadRow]:
+def read_log(file: Path, source: Source, span: Span | None = None) -> Iterator[Row | BadRow]:
     """Dialogues of `speaker<TAB>text` lines, a blank line between two.
 
     The one who speaks first is the user, unless `source.assistant` says who the assistant is.
     """
-    for block in blocks(file):
+    for block in blocks(file, span):
         if isinstance(block, BadRow):
             yield block
         else:

@@ -33,6 +33,33 @@ class Rejected:
     detail: str = ""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Accepted:
+    """A dialogue and where it is from.
+
+    Attributes:
+      dialogue: the dialogue.
+      file: as in `Rejected`.
+      name: what the file is called in ids.
+      line: as in `Rejected`.
+    """
+
+    dialogue: Dialogue
+    file: str
+    name: str
+    line: int
+
+    @property
+    def place(self) -> str:
+        """File and line for people."""
+        return f"{self.name}:{self.line}"
+
+
+def duplicate_id(file: str, line: int, id: str, first: str) -> Rejected:
+    """A row whose id was at the place `first` before."""
+    return Rejected(file, line, "duplicate id", f"{id!r:.80} is also at {first}")
+
+
 class BadRow(Exception):
     """Why a row is no dialogue.
 
