@@ -4,7 +4,7 @@ The loss is linear in each token's weight, so once the weights are known the gra
 while the chunk is at hand. Forward and backward therefore need three matrix products instead of four, and memory for
 one chunk of logits instead of `[batch, time, vocabulary]` in float32.
 
-Axes: B rows, T time, D width, V padded vocabulary, C chunk of time.
+Axes: B rows, T time, D width, V padded vocabulary, C chunk of time, N tokens of a chunk (B × C).
 """
 
 from __future__ import annotations
@@ -46,25 +46,38 @@ def token_nll(hidden_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Ar
     """Negative log-likelihood of every target, float32 `[B, T]`, nats."""
 
     def chunk_nll(_, chunk):
-        logits_BCV = _logits(chunk[0], embedding_VD, vocab_size)
-        return None, _nll(logits_BCV, chunk[1])[0]
+        hidden_BCD, targets_BC = chunk
+        logits_NV = _logits(_rows(hidden_BCD), embedding_VD, vocab_size)
+        highest_N1, _, sum_N1 = _softmax_parts(logits_NV)
+        return None, _nll(logits_NV, highest_N1, sum_N1, targets_BC.reshape(-1)).reshape(targets_BC.shape)
 
     _, nll = jax.lax.scan(chunk_nll, None, _chunks(hidden_BTD, targets_BT))
     return _unchunk(nll, targets_BT.shape[1])
 
 
-def _logits(hidden_BCD: jax.Array, embedding_VD: jax.Array, vocab_size: int) -> jax.Array:
-    logits_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, embedding_VD, preferred_element_type=jnp.float32)
+def _rows(hidden_BCD: jax.Array) -> jax.Array:
+    """`[N, D]`: XLA on CPU turns plain matrix products, and only those, into fast calls."""
+    return hidden_BCD.reshape(-1, hidden_BCD.shape[-1])
+
+
+def _logits(hidden_ND: jax.Array, embedding_VD: jax.Array, vocab_size: int) -> jax.Array:
+    logits_NV = jnp.einsum("nd,vd->nv", hidden_ND, embedding_VD, preferred_element_type=jnp.float32)
     if vocab_size == embedding_VD.shape[0]:
-        return logits_BCV
+        return logits_NV
     is_real_V = jnp.arange(embedding_VD.shape[0]) < vocab_size
-    return jnp.where(is_real_V[None, None, :], logits_BCV, -jnp.inf)
+    return jnp.where(is_real_V[None], logits_NV, -jnp.inf)
 
 
-def _nll(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    target_logits_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    return log_z_BC - target_logits_BC, log_z_BC
+def _softmax_parts(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Highest logits `[N, 1]`, exponentials of the differences from them `[N, V]`, and their sums `[N, 1]`."""
+    highest_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
+    exponentials_NV = jnp.exp(logits_NV - highest_N1)
+    return highest_N1, exponentials_NV, jnp.sum(exponentials_NV, axis=-1, keepdims=True)
+
+
+def _nll(logits_NV: jax.Array, highest_N1: jax.Array, sum_N1: jax.Array, targets_N: jax.Array) -> jax.Array:
+    target_logits_N1 = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)
+    return (jnp.log(sum_N1) + highest_N1 - target_logits_N1)[:, 0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -77,23 +90,28 @@ def _weighted_cross_entropy(
 
 def _forward(vocab_size, hidden_BTD, embedding_VD, targets_BT, weights_BT):
     def chunk_loss(carry, chunk):
-        loss, embedding_grad_VD = carry
+        loss, embedding_grad_DV = carry
         hidden_BCD, targets_BC, weights_BC = chunk
-        logits_BCV = _logits(hidden_BCD, embedding_VD, vocab_size)
-        nll_BC, log_z_BC = _nll(logits_BCV, targets_BC)
-        is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None, :] == targets_BC[..., None]
-        logits_grad_BCV = (jnp.exp(logits_BCV - log_z_BC[..., None]) - is_target_BCV) * weights_BC[..., None]
-        logits_grad_BCV = logits_grad_BCV.astype(hidden_BCD.dtype)
-        hidden_grad_BCD = jnp.einsum("bcv,vd->bcd", logits_grad_BCV, embedding_VD)
-        embedding_grad_VD += jnp.einsum("bcv,bcd->vd", logits_grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        return (loss + jnp.sum(nll_BC * weights_BC), embedding_grad_VD), (nll_BC, hidden_grad_BCD)
+        hidden_ND, targets_N, weights_N = _rows(hidden_BCD), targets_BC.reshape(-1), weights_BC.reshape(-1)
+        logits_NV = _logits(hidden_ND, embedding_VD, vocab_size)
+        highest_N1, exponentials_NV, sum_N1 = _softmax_parts(logits_NV)
+        nll_N = _nll(logits_NV, highest_N1, sum_N1, targets_N)
+        is_target_NV = jnp.arange(logits_NV.shape[-1])[None] == targets_N[:, None]
+        expected_NV = exponentials_NV * (weights_N[:, None] / sum_N1)
+        logits_grad_NV = expected_NV - jnp.where(is_target_NV, weights_N[:, None], 0.0)
+        logits_grad_NV = logits_grad_NV.astype(hidden_ND.dtype)
+        hidden_grad_ND = logits_grad_NV @ embedding_VD
+        # In this form the small factor is transposed, not the large one.
+        embedding_grad_DV += jnp.einsum("nd,nv->dv", hidden_ND, logits_grad_NV, preferred_element_type=jnp.float32)
+        outputs = nll_N.reshape(targets_BC.shape), hidden_grad_ND.reshape(hidden_BCD.shape)
+        return (loss + jnp.sum(nll_N * weights_N), embedding_grad_DV), outputs
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape, jnp.float32))
-    (loss, embedding_grad_VD), (nll, hidden_grad) = jax.lax.scan(
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape[::-1], jnp.float32))
+    (loss, embedding_grad_DV), (nll, hidden_grad) = jax.lax.scan(
         chunk_loss, start, _chunks(hidden_BTD, targets_BT, weights_BT)
     )
     length = targets_BT.shape[1]
-    residuals = (_unchunk(hidden_grad, length), embedding_grad_VD.astype(embedding_VD.dtype))
+    residuals = (_unchunk(hidden_grad, length), embedding_grad_DV.T.astype(embedding_VD.dtype))
     return (loss, _unchunk(nll, length)), residuals
 
 

@@ -88,7 +88,7 @@ def _tasks(shared: Path) -> Sequence[Any]:
 def _make_pipeline(options: Sequence[str]) -> tuple[Any, Any]:
     """The module `apache_beam`, and a pipeline without steps."""
     try:
-        with _quiet_root_logger():
+        with _without_warnings():
             import apache_beam as beam  # pyright: ignore[reportMissingImports]
             from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
                 PipelineOptions,
@@ -115,11 +115,11 @@ def _make_pipeline(options: Sequence[str]) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _quiet_root_logger() -> Iterator[None]:
-    """Hears the root logger's warnings in place of the user: importing Beam, of packages that it could use."""
-    handler = logging.NullHandler()
-    logging.root.addHandler(handler)
+def _without_warnings() -> Iterator[None]:
+    """Keeps the log free of what importing Beam warns of: packages that it could use."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.root.removeHandler(handler)
+        logging.disable(before)

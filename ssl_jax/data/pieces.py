@@ -146,6 +146,7 @@ def _stretches(sources: Sequence[ResolvedSource], size: int) -> Iterator[Stretch
             continue
         if source.path:
             units = tuple(formats.units(source, names))
+            resolved = dataclasses.replace(resolved, files=())  # a piece names its own files; these may be a million
             if source.max_dialogues:  # rows are taken in order until there are enough: nothing to share
                 yield Stretch((resolved,), (number,), units, size=sum(map(_unit_size, units)))
                 continue

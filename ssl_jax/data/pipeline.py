@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,9 @@ import numpy as np
 from ssl_jax import files
 from ssl_jax.config import Config, Data
 from ssl_jax.data import (
+    account,
     annotation,
     beam_runner,
-    examples,
-    languages,
     pieces,
     processes,
     selection,
@@ -78,6 +77,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
         say(f"prepared data: {directory} (found)")
         prepared = Prepared.open(directory)
     else:
+        # What is missing is told before any work, and before anything that was begun is touched.
+        step_functions(config.data.cleaning)
         if config.data.beam_options is not None:
             beam_runner.check(config.data.beam_options)
         shards.make_folder(directory.parent)
@@ -142,64 +143,20 @@ def _build(
         shutil.rmtree(working, ignore_errors=True)
         return Prepared.open(directory)
     data = config.data
-    step_functions(data.cleaning)  # a package that a step lacks is told before any work
     name = config.tokenizer.name_or_path
     pretrained = DialogueTokenizer.load(name, template=config.tokenizer.template) if name else None
     spooled = _spool(data, resolved, working / "spool", say)
     chosen = selection.select(spooled, data, config.seed)
     rejected = [*spooled.rejected, *chosen.rejected]
-    found = sum(chosen.sources.values())
-    _check_rejected(data, rejected, found, directory)
-    if not any(source.expected == "labeled" and chosen.sources.get(n) for n, source in enumerate(resolved)):
-        names = ", ".join(source.name for source in resolved if source.expected == "labeled")
-        raise UserError(
-            f"data.labeled: no labeled dialogues in {names}; a row has messages that end in an assistant turn"
-        )
-    say(f"read {found:,} dialogues, rejected {len(rejected):,} rows")
-    if not len(chosen.rows["labeled_train"]):
-        removed = ", ".join(f"{step} {count}" for step, count in chosen.removed.most_common())
-        raise UserError(f"data.labeled: nothing is left to train on; removed, unlabeled dialogues included: {removed}")
-
-    if (working / "tokenizer").is_dir():
-        tokenizer = DialogueTokenizer.load(working / "tokenizer")
-    else:
-        tokenizer = pretrained or _fit_tokenizer(config, spooled, chosen)
-        tokenizer.save(working / "tokenizer.partial")
-        (working / "tokenizer.partial").rename(working / "tokenizer")
+    _check(data, resolved, chosen, rejected, directory)
+    say(f"read {sum(chosen.sources.values()):,} dialogues, rejected {len(rejected):,} rows")
+    tokenizer = _load_or_fit(config, working / "tokenizer", pretrained, spooled, chosen)
     made = f", template {tokenizer.template}" if pretrained else ", fitted on the train text"
     say(f"tokenizer of {tokenizer.vocab_size} tokens{made}")
     counts = _write_shards(data, working, spooled, chosen, say)
 
-    per_source: collections.Counter[str] = collections.Counter()
-    kept: collections.Counter[str] = collections.Counter()
-    stored = np.bincount(spooled.keys["source"][np.concatenate(list(chosen.rows.values()))], minlength=len(resolved))
-    for number, source in enumerate(resolved):
-        if count := chosen.sources.get(number):
-            per_source[source.name] += count
-        kept[source.name] += int(stored[number])
-    places = {step.step: place for place, step in enumerate(data.cleaning)}
-
-    def in_order(by_step: Mapping[str, Any]) -> dict[str, Any]:
-        """Steps of cleaning as they are applied, then what comes after them."""
-        return {step: by_step[step] for step in sorted(by_step, key=lambda step: places.get(step, len(places)))}
-
-    summary = {
-        "content_hash": content_hash,
-        "rejected": dict(collections.Counter(row.reason for row in rejected)),
-        "removed": in_order(chosen.removed),
-        "changed": in_order(chosen.changed),
-        "sources": dict(per_source),
-        "kept": dict(kept),
-        "languages": languages.summarize(spooled, chosen.rows),
-    }
-    if data.annotate:
-        rows = np.concatenate(list(chosen.rows.values()))
-        summary["annotation"] = annotation.summarize(spooled.dialogues(rows))
-    left_out = {
-        step: [examples.shown(dialogue, None) for dialogue in spooled.dialogues(rows)]
-        for step, rows in chosen.left_out.items()
-    }
-    files.write_json(working / "examples.json", in_order({**spooled.examples(), **left_out}))
+    summary = {"content_hash": content_hash, **account.summarize(data, resolved, spooled, chosen, rejected)}
+    files.write_json(working / "examples.json", account.shown_examples(data, spooled, chosen))
     shutil.rmtree(working / "spool")
     prepared = shards.complete(working, directory, counts, tokenizer, summary, map(_rejected_row, rejected))
     (directory / "lock").unlink(missing_ok=True)
@@ -234,20 +191,51 @@ def _run(
             told = time.monotonic()
 
 
-def _check_rejected(data: Data, rejected: Sequence[Rejected], accepted: int, directory: Path) -> None:
-    """Stops when too many rows are malformed, leaving the list of them in `data.prepared_dir`."""
-    total = len(rejected) + accepted
-    if not rejected or len(rejected) <= data.max_rejected_fraction * total:
-        return
-    path = directory.with_name("rejected.jsonl")
+def _check(
+    data: Data,
+    resolved: Sequence[ResolvedSource],
+    chosen: Selection,
+    rejected: Sequence[Rejected],
+    directory: Path,
+) -> None:
+    """Stops when too many rows are malformed, or nothing is left to train on."""
+    read = sum(chosen.sources.values())
+    if rejected and len(rejected) > data.max_rejected_fraction * (len(rejected) + read):
+        _refuse_rejected(data, rejected, read, directory.with_name("rejected.jsonl"))
+    if not any(source.expected == "labeled" and chosen.sources.get(n) for n, source in enumerate(resolved)):
+        names = ", ".join(source.name for source in resolved if source.expected == "labeled")
+        raise UserError(
+            f"data.labeled: no labeled dialogues in {names}; a row has messages that end in an assistant turn"
+        )
+    if not len(chosen.rows["labeled_train"]):
+        removed = ", ".join(f"{step} {count}" for step, count in chosen.removed.most_common())
+        raise UserError(f"data.labeled: nothing is left to train on; removed, unlabeled dialogues included: {removed}")
+
+
+def _refuse_rejected(data: Data, rejected: Sequence[Rejected], read: int, path: Path) -> None:
+    """Stops because of malformed rows, and leaves the list of them."""
     files.write_text(path, "".join(json.dumps(_rejected_row(row)) + "\n" for row in rejected))
     reasons = collections.Counter(row.reason for row in rejected).most_common()
     first = rejected[0]
     raise UserError(
-        f"{len(rejected)} of {total} rows are malformed ({', '.join(f'{reason}: {count}' for reason, count in reasons)}"
-        f"), more than data.max_rejected_fraction {data.max_rejected_fraction:g}\n"
+        f"{len(rejected)} of {len(rejected) + read} rows are malformed "
+        f"({', '.join(f'{reason}: {count}' for reason, count in reasons)}), "
+        f"more than data.max_rejected_fraction {data.max_rejected_fraction:g}\n"
         f"first: {first.file}:{first.line}: {first.reason}{f' ({first.detail})' if first.detail else ''}; all: {path}"
     )
+
+
+def _load_or_fit(
+    config: Config, directory: Path, pretrained: DialogueTokenizer | None, spooled: Spool, chosen: Selection
+) -> DialogueTokenizer:
+    """The tokenizer that an earlier call left in `directory`, the one that is given, or a new one; saved there."""
+    if directory.is_dir():
+        return DialogueTokenizer.load(directory)
+    tokenizer = pretrained or _fit_tokenizer(config, spooled, chosen)
+    partial = directory.with_name("tokenizer.partial")
+    tokenizer.save(partial)
+    partial.rename(directory)
+    return tokenizer
 
 
 def _fit_tokenizer(config: Config, spooled: Spool, chosen: Selection) -> DialogueTokenizer:
