@@ -65,8 +65,9 @@ def main(arguments: Sequence[str]) -> None:
     asked = command.model_dump(include={"recall_examples", "generated_replies"}, exclude_none=True)
     settings = (Evaluation() if run is None else run.evaluation).model_copy(update=asked)
 
-    from ssl_jax import evaluation, loading
+    from ssl_jax import compilation_cache, evaluation, loading
 
+    compilation_cache.enable()
     if command.data:
         dialogues = _from_files(command.data, Data() if run is None else run.data)
     else:

@@ -52,9 +52,10 @@ def main(arguments: Sequence[str]) -> None:
         Generate, arguments, program="python -m ssl_jax.generate", summary=(__doc__ or "").strip()
     )
 
-    from ssl_jax import loading
+    from ssl_jax import compilation_cache, loading
     from ssl_jax.conversation import as_prompt
 
+    compilation_cache.enable()
     opening = [] if command.system is None else [{"role": "system", "content": command.system}]
     prompts = [as_prompt([*opening, {"role": "user", "content": text}] if opening else text) for text in command.prompt]
     model = loading.load_named(command.workdir, command.model, command.template)

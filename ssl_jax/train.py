@@ -32,9 +32,10 @@ def main(arguments: Sequence[str]) -> None:
     workdir.claim_data(directory, prepared.summary)
     prepared.tokenizer.save(directory / workdir.TOKENIZER)
 
-    from ssl_jax import loop
+    from ssl_jax import compilation_cache, loop
     from ssl_jax.signals import Signals
 
+    compilation_cache.enable()
     with Signals().listen() as signals:
         summary = loop.Run(config, prepared, directory, signals).train()
     show(summary, directory)

@@ -1,11 +1,18 @@
 """What every test runs under: one CPU device, no silent broadcasting, no network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # A GPU or TPU test run names its platform; before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = os.environ.get("SSL_JAX_TEST_PLATFORM", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Not the user's own: what commands keep of what they compile.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssl_jax_compiled_")
 
 import jax
+
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
