@@ -17,7 +17,7 @@ def enable() -> None:
     (`JAX_COMPILATION_CACHE_DIR`) stands, `JAX_ENABLE_COMPILATION_CACHE=0` switches the cache off, and where the folder
     cannot be written there is none. Must be called before anything is compiled.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssl_jax" / "compiled"
     try:

@@ -192,14 +192,19 @@ def decode(
       positions_B: int32 positions in the conversation.
       slot: int32 scalar, the same cache slot for every row, so that the write is one slice update in place.
       visible_BS: bool; which slots a row may see, `slot` included.
-      cache: from `prefill` or the last `decode`.
+      cache: from `prefill` or the last `decode`; its leaves may lack the axis of a single row, `[H, S, K]`.
     """
+    slots = visible_BS.shape[1]
 
     def attend_for(layer):
         def attend(query, key, value):
-            keys = jax.lax.dynamic_update_slice_in_dim(cache[layer][0], key, slot, axis=2)
-            values = jax.lax.dynamic_update_slice_in_dim(cache[layer][1], value, slot, axis=2)
-            return _attend(model, layer, query, keys, values, visible_BS[:, None, None]), (keys, values)
+            shape = (*key.shape[:2], slots, key.shape[-1])
+            keys, values = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.reshape(*old.shape[:-2], 1, -1), slot, axis=-2)
+                for old, new in zip(cache[layer], (key, value), strict=True)
+            )
+            mask = visible_BS[:, None, None]
+            return _attend(model, layer, query, keys.reshape(shape), values.reshape(shape), mask), (keys, values)
 
         return attend
 

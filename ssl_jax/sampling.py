@@ -10,6 +10,7 @@ V padded vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -20,6 +21,9 @@ import numpy as np
 from ssl_jax import logits_processors, model
 
 Array: TypeAlias = jax.Array | np.ndarray
+
+# With so many of the likeliest tokens, finding them and drawing among them takes less time than one pass over all.
+_FEW = 128
 
 Processor: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """A custom processor: `(scores_BV, sequences_BS, lengths_B) -> scores_BV`, jittable and deterministic.
@@ -243,7 +247,12 @@ def advance(shape: model.GPT2, options: Options, params: model.Params, state: St
         hidden_BD, cache = model.decode(shape, layers, state.last_B, positions_B, slot, visible_BS, state.cache)
         return _append(shape, options, embedding_VD, hidden_BD, state._replace(visible_BS=visible_BS, cache=cache))
 
-    return jax.lax.while_loop(not_finished, step, state)
+    # XLA's products drop the axis of a single row, and a carry that has it would be copied before every update.
+    shapes = jax.tree.map(jnp.shape, state.cache)
+    if state.done_B.shape[0] == 1:
+        state = state._replace(cache=jax.tree.map(lambda leaf: leaf[0], state.cache))
+    state = jax.lax.while_loop(not_finished, step, state)
+    return state._replace(cache=jax.tree.map(jnp.reshape, state.cache, shapes))
 
 
 def replies(state: State) -> Replies:
@@ -286,10 +295,37 @@ def _choose(shape: model.GPT2, options: Options, embedding_VD, hidden_BD, state:
     )
     scores_BV = jnp.where(is_real_1V, scores_BV, -jnp.inf)
     if options.do_sample:
-        scores_BV = logits_processors.warp(options, scores_BV)
         keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.number)
-        tokens_B = jax.vmap(jax.random.categorical)(keys_B, scores_BV)
+        tokens_B = _draw(options, scores_BV, keys_B)
     else:
         tokens_B = jnp.argmax(scores_BV, axis=-1)
-    log_probs_BV = jax.nn.log_softmax(logits_BV)
-    return tokens_B.astype(jnp.int32), jnp.take_along_axis(log_probs_BV, tokens_B[:, None], axis=1)[:, 0]
+    chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=1)[:, 0]
+    return tokens_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def _draw(options: Options, scores_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """A token of every row, int32 `[B]`, drawn from what `options` leaves of the scores."""
+    if 0 < options.top_k <= min(_FEW, scores_BV.shape[1]):
+        # What is left is among the likeliest k: the other filters and the draw need not read the whole vocabulary.
+        scores_BK, tokens_BK = jax.lax.top_k(scores_BV, options.top_k)
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_processors.warp(options, scores_BK))
+        return jnp.take_along_axis(tokens_BK, drawn_B[:, None], axis=1)[:, 0]
+    return _categorical(logits_processors.warp(options, scores_BV), keys_B)
+
+
+def _categorical(scores_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """A token of every row, int32 `[B]`, by the softmax of its scores.
+
+    First a block of the vocabulary is drawn and then a token in it, so that 2 √V random numbers do for a row instead
+    of V, which would take longer than everything else that is done with the scores.
+    """
+    rows, vocabulary = scores_BV.shape
+    width = math.isqrt(vocabulary - 1) + 1
+    padding = -vocabulary % width
+    padded_BV = jnp.pad(scores_BV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
+    scores_BNW = padded_BV.reshape(rows, -1, width)
+    keys_2B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
+    draw = jax.vmap(jax.random.categorical)
+    block_B = draw(keys_2B[0], jax.nn.logsumexp(scores_BNW, axis=-1))
+    scores_BW = jnp.take_along_axis(scores_BNW, block_B[:, None, None], axis=1)[:, 0]
+    return block_B * width + draw(keys_2B[1], scores_BW)

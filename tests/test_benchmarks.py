@@ -1,0 +1,122 @@
+"""Every benchmark of training runs at its smallest size and writes figures that belong together."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssl_jax.errors import UserError
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import memory  # noqa: E402
+import scaling  # noqa: E402
+import start_up  # noqa: E402
+import train_throughput  # noqa: E402
+from alternate import Player, spread, take_turns  # noqa: E402
+from workload import workload  # noqa: E402
+
+# A contestant that needs no time: it says which turn it is, and it fails when it is asked to.
+ECHO = """
+from alternate import Turns
+turns = Turns()
+print("what libraries print")
+turns.ready({"what": "echo"})
+number = 0
+while (amount := turns.wait()) is not None:
+    if amount < 0:
+        raise SystemExit(3)
+    number += 1
+    turns.answer({"number": number, "seconds": amount})
+"""
+
+
+@pytest.fixture(autouse=True)
+def compiles_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speed is not what the tests are about."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+
+def echo(name: str) -> Player:
+    root = BENCHMARKS.parent
+    return Player(name, [sys.executable, "-c", ECHO], {"PYTHONPATH": f"{root}:{BENCHMARKS}"})
+
+
+def run(script: Any, output: Path, *arguments: str) -> dict[str, Any]:
+    """The file that a script writes."""
+    script.main([*arguments, "--size", "tiny", "--output", str(output)])
+    return json.loads(output.read_text())
+
+
+def test_contestants_take_turns_until_the_context_ends():
+    with echo("one") as one, echo("other") as other:
+        for player in (one, other):
+            player.get_ready()
+        answers = take_turns([one, other], {"one": 5, "other": 7}, 3)
+    assert one.description == {"what": "echo"}
+    assert [answer["number"] for answer in answers["one"]] == [1, 2, 3]
+    assert {answer["seconds"] for answer in answers["other"]} == {7}
+    assert all(answer["cpu_seconds_asleep"] < 0.5 for answer in answers["one"])
+
+
+def test_a_contestant_that_ends_early_is_named_with_its_exit_code():
+    with pytest.raises(UserError, match="one: its process ended with exit code 3"), echo("one") as one:
+        one.get_ready()
+        one.play(-1)
+
+
+def test_spread_of_several_values_and_of_one():
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {
+        "min": 1.0, "lower_quartile": 2.0, "median": 3.0, "upper_quartile": 4.0, "max": 5.0,
+    }  # fmt: skip
+    assert set(spread([2.0]).values()) == {2.0}
+
+
+def test_rows_that_cannot_be_shared_out_are_refused():
+    assert workload("tiny", unlabeled_ratio=3).labeled_rows == 1
+    with pytest.raises(UserError, match="4 rows cannot hold 2 unlabeled rows per labeled one"):
+        workload("tiny", unlabeled_ratio=2)
+
+
+def test_train_throughput_alone_keeps_other_workloads_figures(tmp_path, capsys):
+    output = tmp_path / "train_throughput.json"
+    output.write_text('{"another workload": {}}')
+    written = run(train_throughput, output, "--peers", "--rounds", "2", "--turn-seconds", "0.01")
+    assert list(written) == ["another workload", "tiny, cpu, 4 × 32, dropout 0.1"]
+    result = written["tiny, cpu, 4 × 32, dropout 0.1"]
+    assert result["commit"] is None or len(result["commit"]) == 40
+    rates = result["tokens_per_sec"]["ssl_jax"]
+    assert len(rates) == 2
+    flops = result["model_flops"]["ssl_jax"]
+    assert flops == pytest.approx(sum(rates) / 2 * result["contestants"]["ssl_jax"]["flops_per_token"])
+    assert 0 < result["mfu"]["ssl_jax"] < 1
+    assert 0 < result["data_share"] < 1
+    assert "ssl_jax" in capsys.readouterr().out
+
+
+def test_scaling_measures_every_point_against_the_first(tmp_path):
+    options = ("--axes", "unlabeled", "--ratios", "0", "3", "--rounds", "1", "--turn-seconds", "0.01")
+    points = run(scaling, tmp_path / "scaling.json", *options)["axes"]["unlabeled"]
+    assert list(points) == ["0 to 1", "3 to 1"]
+    assert len({point["flops_per_token"] for point in points.values()}) == 1
+    costs = [point["ms_per_ktoken"][0] for point in points.values()]
+    ratios = [point["cost_ratio"]["median"] for point in points.values()]
+    assert ratios == pytest.approx([cost / costs[0] for cost in costs])
+
+
+def test_memory_of_our_loss_is_below_that_of_all_logits(tmp_path):
+    options = ("--lengths", "64", "--rows", "32", "--vocabularies", "--steps", "0", "--dropout", "0")
+    (point,) = run(memory, tmp_path / "memory.json", *options)["points"]
+    assert point["workload"]["sequence_length"] == 64
+    assert 0 < point["ours"]["compiler_bytes"] < point["naive"]["compiler_bytes"]
+
+
+def test_start_up_of_every_column_and_goal(tmp_path):
+    options = ("--peers", "--repeats", "1", "--goals", "import", "token")
+    seconds = run(start_up, tmp_path / "start_up.json", *options)["tiny, cpu"]["seconds"]
+    assert list(seconds) == ["cold", "warm"]
+    for column in seconds.values():
+        assert 0 < column["import"][0] < column["token"][0]

@@ -1,0 +1,37 @@
+"""The benchmark of generation runs at its smallest size and writes figures that belong together."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import generate_throughput  # noqa: E402
+
+
+def test_a_result_stands_beside_others_and_its_rates_are_those_of_its_times(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    monkeypatch.setattr(generate_throughput, "has_peer", lambda: False)
+    monkeypatch.setattr(generate_throughput, "_BANDWIDTH_BYTES", 2**20)
+    output = tmp_path / "generate_throughput.json"
+    output.write_text('{"another": {}}')
+    generate_throughput.main(
+        ["--size", "tiny", "--batch-sizes", "2", "--modes", "sample", "--prompt-tokens", "8", "--new-tokens", "5",
+         "--rounds", "2", "--output", str(output)]
+    )  # fmt: skip
+    written = json.loads(output.read_text())
+    assert list(written) == ["another", "tiny, cpu, batch 2, sample"]
+    result = written["tiny, cpu, batch 2, sample"]
+    for seconds, rate in zip(
+        result["decode_seconds"]["ssl_jax"], result["decode_tokens_per_sec"]["ssl_jax"], strict=True
+    ):
+        assert rate == pytest.approx(2 * 4 / seconds)
+    for seconds, rate in zip(
+        result["first_token_seconds"]["ssl_jax"], result["prefill_tokens_per_sec"]["ssl_jax"], strict=True
+    ):
+        assert rate == pytest.approx(2 * 8 / seconds)
+    assert result["bandwidth_share"]["median"] > 0
+    assert "peer not measured" in capsys.readouterr().out
