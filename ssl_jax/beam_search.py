@@ -96,20 +96,18 @@ def search(
     prompts, prompt_slots = prompts_NP.shape
     slots = prompt_slots + new_tokens
     layers = model.unstack(shape, params)
-    embedding_VD = model.output_embedding(params, shape.dtype)
-    is_real_V = jnp.arange(shape.padded_vocab_size) < shape.vocab_size
     limits_N = logits_processors.new_token_limits(options, prompt_lengths_N)
     lengths_B = jnp.repeat(prompt_lengths_N, beams)
 
     def extend(number: jax.Array | int, hidden_BD: jax.Array, state: _Search) -> tuple[_Search, jax.Array]:
         """Adds token `number` to the beams; also which of the former beams each one goes on from, int32 `[N, K]`."""
-        logits_BV = jnp.einsum("bd,vd->bv", hidden_BD, embedding_VD, preferred_element_type=jnp.float32)
-        log_probs_BV = jax.nn.log_softmax(jnp.where(is_real_V[None], logits_BV, -jnp.inf))
+        logits_BV = model.logits(shape, layers, hidden_BD)
+        log_probs_BV = jax.nn.log_softmax(logits_BV)
         sequences_BS = None
         if options.reads_sequences:
             sequences_BS = _sequences(prompts_NP, prompt_lengths_N, state.running.tokens_NKM)
         scores_BV = logits_processors.process(options, log_probs_BV, sequences_BS, lengths_B + number, lengths_B)
-        scores_BV = jnp.where(is_real_V[None], scores_BV, -jnp.inf)
+        scores_BV = jnp.where(jnp.isneginf(logits_BV), -jnp.inf, scores_BV)
         per_beam = (prompts, beams, -1)
         return _select(options, limits_N, number, scores_BV.reshape(per_beam), log_probs_BV.reshape(per_beam), state)
 

@@ -146,6 +146,14 @@ def output_embedding(params: Params, dtype: Any) -> jax.Array:
     return params.get("lm_head", params["wte"])["embedding"].astype(dtype)
 
 
+def logits(model: GPT2, params: Params, hidden_BD: jax.Array) -> jax.Array:
+    """Scores of every next token, float32 `[B, V]`; minus infinity for the padding of the vocabulary."""
+    embedding_VD = output_embedding(params, hidden_BD.dtype)
+    logits_BV = jnp.einsum("bd,vd->bv", hidden_BD, embedding_VD, preferred_element_type=jnp.float32)
+    is_real_V = jnp.arange(model.padded_vocab_size) < model.vocab_size
+    return jnp.where(is_real_V[None], logits_BV, -jnp.inf)
+
+
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 """Keys and values of every layer, each `[B, H, S, K]`."""
 

@@ -215,7 +215,7 @@ def start(
         sequences_BS=sequences_BS,
     )
     hidden_BD = jnp.repeat(hidden_ND, repeats, axis=0)
-    return _append(shape, options, model.output_embedding(params, shape.dtype), hidden_BD, state)
+    return _append(shape, options, layers, hidden_BD, state)
 
 
 def advance(shape: model.GPT2, options: Options, params: model.Params, state: State, steps: jax.Array | int) -> State:
@@ -230,7 +230,6 @@ def advance(shape: model.GPT2, options: Options, params: model.Params, state: St
       steps: int32 scalar; may be traced, so that one compiled function serves all.
     """
     layers = model.unstack(shape, params)
-    embedding_VD = model.output_embedding(params, shape.dtype)
     end = state.number + steps
     slots = state.visible_BS.shape[1]
     first_slot = slots - state.tokens_BM.shape[1]
@@ -245,7 +244,7 @@ def advance(shape: model.GPT2, options: Options, params: model.Params, state: St
         # Rows that are done read on unheard; the table of positions may end before the longest row does.
         positions_B = jnp.minimum(positions_B, shape.n_positions - 1)
         hidden_BD, cache = model.decode(shape, layers, state.last_B, positions_B, slot, visible_BS, state.cache)
-        return _append(shape, options, embedding_VD, hidden_BD, state._replace(visible_BS=visible_BS, cache=cache))
+        return _append(shape, options, layers, hidden_BD, state._replace(visible_BS=visible_BS, cache=cache))
 
     # XLA's products drop the axis of a single row, and a carry that has it would be copied before every update.
     shapes = jax.tree.map(jnp.shape, state.cache)
@@ -260,11 +259,11 @@ def replies(state: State) -> Replies:
     return Replies(state.tokens_BM, state.lengths_B, state.logprobs_BM, state.stopped_B)
 
 
-def _append(shape: model.GPT2, options: Options, embedding_VD, hidden_BD, state: State) -> State:
+def _append(shape: model.GPT2, options: Options, layers, hidden_BD, state: State) -> State:
     """Draws token `number` of the rows that are not done, from the hidden states of what stands before it."""
     number, done_B = state.number, state.done_B
     text_lengths_B = state.prompt_lengths_B + number
-    tokens_B, log_probs_B = _choose(shape, options, embedding_VD, hidden_BD, state)
+    tokens_B, log_probs_B = _choose(shape, options, layers, hidden_BD, state)
     ends_B = jnp.isin(tokens_B, jnp.array(options.end_ids, jnp.int32))
     written_B = jnp.where(done_B | ends_B, 0, tokens_B)
     scored_B = jnp.where(done_B, 0.0, log_probs_B)
@@ -284,16 +283,14 @@ def _append(shape: model.GPT2, options: Options, embedding_VD, hidden_BD, state:
     )
 
 
-def _choose(shape: model.GPT2, options: Options, embedding_VD, hidden_BD, state: State) -> tuple[jax.Array, jax.Array]:
+def _choose(shape: model.GPT2, options: Options, layers, hidden_BD, state: State) -> tuple[jax.Array, jax.Array]:
     """The next token of every row, int32 `[B]`, and its log-probability under the unmodified model, float32 `[B]`."""
-    is_real_1V = (jnp.arange(shape.padded_vocab_size) < shape.vocab_size)[None]
-    logits_BV = jnp.einsum("bd,vd->bv", hidden_BD, embedding_VD, preferred_element_type=jnp.float32)
-    logits_BV = jnp.where(is_real_1V, logits_BV, -jnp.inf)
+    logits_BV = model.logits(shape, layers, hidden_BD)
     prompt_lengths_B = state.prompt_lengths_B
     scores_BV = logits_processors.process(
         options, logits_BV, state.sequences_BS, prompt_lengths_B + state.number, prompt_lengths_B
     )
-    scores_BV = jnp.where(is_real_1V, scores_BV, -jnp.inf)
+    scores_BV = jnp.where(jnp.isneginf(logits_BV), -jnp.inf, scores_BV)
     if options.do_sample:
         keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.number)
         tokens_B = _draw(options, scores_BV, keys_B)
