@@ -1,25 +1,89 @@
-"""Causal attention within segments, in the form that XLA runs well on every backend.
+"""Causal attention within segments, in the form that every backend runs well.
 
 Axes: B rows, H heads, T query time, S key time, K head width.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
+from ssl_jax.dropout import keep_factors
+
+Implementation = Literal["einsum", "cudnn"]
+
 NEGATIVE = -1e30  # a finite "minus infinity": a row of padding keeps a finite softmax
+# Small blocks multiply fewer keys in vain; many of them take long to compile.
+SMALLEST_BLOCK, MOST_BLOCKS = 64, 8
 
 
-def segment_mask(segment_ids_BT: jax.Array) -> jax.Array:
-    """Which key each query may see: itself and earlier tokens of its own segment; bool `[B, 1, T, T]`.
+def segment_mask(segment_ids_BT: jax.Array, first: int = 0, stop: int | None = None) -> jax.Array:
+    """Which keys the queries from `first` to `stop` may see: bool `[B, 1, stop - first, stop]`.
 
-    Segment 0 is padding; padding sees only padding.
+    A token sees itself and earlier tokens of its own segment. Segment 0 is padding; padding sees only padding.
     """
-    same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    length = segment_ids_BT.shape[1]
-    causal_TS = jnp.tri(length, dtype=bool)
+    stop = segment_ids_BT.shape[1] if stop is None else stop
+    same_BTS = segment_ids_BT[:, first:stop, None] == segment_ids_BT[:, None, :stop]
+    causal_TS = jnp.tri(stop - first, stop, first, dtype=bool)
     return (same_BTS & causal_TS[None])[:, None]
+
+
+def attend_causally(
+    query_BHTK: jax.Array,
+    key_BHTK: jax.Array,
+    value_BHTK: jax.Array,
+    segment_ids_BT: jax.Array,
+    scale: float | jax.Array,
+    *,
+    implementation: Implementation = "einsum",
+    upcast: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of every token to itself and what stands before it in its segment, `[B, H, T, K]`.
+
+    `einsum` goes through the queries in blocks: one block's scores are alive at a time, keys behind a block are not
+    multiplied at all, and the backward pass takes the scores again instead of keeping them, as FlashAttention does
+    (Dao et al. 2022). `cudnn` is NVIDIA's fused kernel, for 16-bit types without `upcast` and dropout.
+
+    Args:
+      query_BHTK: queries.
+      key_BHTK: keys.
+      value_BHTK: values.
+      segment_ids_BT: int32, see `segment_mask`.
+      scale: factor on the scores, a scalar.
+      implementation: which form.
+      upcast: see `attend`.
+      dropout_rate: of the probabilities; 0 switches it off.
+      dropout_key: PRNG key where there is dropout.
+    """
+    if implementation == "cudnn":
+        return _attend_fused(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, scale)
+    rows, heads, length, _ = query_BHTK.shape
+
+    def attend_block(query_BHTK, key_BHSK, value_BHSK, segment_ids_BS, scale, key):
+        block, stop = query_BHTK.shape[2], key_BHSK.shape[2]
+        mask = segment_mask(segment_ids_BS, stop - block, stop)
+        keep_BHTS = keep_factors(key, (rows, heads, block, stop), dropout_rate) if dropout_rate else None
+        return attend(query_BHTK, key_BHSK, value_BHSK, mask, scale, upcast=upcast, keep_BHTS=keep_BHTS)
+
+    contexts, size = [], max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
+    for number, first in enumerate(range(0, length, size)):
+        stop = min(first + size, length)
+        key = jax.random.fold_in(dropout_key, number) if dropout_key is not None else None
+        contexts.append(
+            jax.checkpoint(attend_block)(
+                query_BHTK[:, :, first:stop],
+                key_BHTK[:, :, :stop],
+                value_BHTK[:, :, :stop],
+                segment_ids_BT[:, :stop],
+                scale,
+                key,
+            )
+        )
+    return jnp.concatenate(contexts, axis=2)
 
 
 def attend(
@@ -61,3 +125,18 @@ def attend(
     if keep_BHTS is not None:
         probabilities_BHTS = probabilities_BHTS * keep_BHTS
     return jnp.einsum("bhts,bhsk->bhtk", probabilities_BHTS.astype(value_BHSK.dtype), value_BHSK)
+
+
+def _attend_fused(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, scale) -> jax.Array:
+    """`attend_causally` by cuDNN's flash attention, which takes time before heads."""
+    scaled_BHTK = (query_BHTK.astype(jnp.float32) * scale).astype(query_BHTK.dtype)
+    query_BTHK, key_BTHK, value_BTHK = (array.swapaxes(1, 2) for array in (scaled_BHTK, key_BHTK, value_BHTK))
+    context_BTHK = jax.nn.dot_product_attention(
+        query_BTHK,
+        key_BTHK,
+        value_BTHK,
+        mask=segment_mask(segment_ids_BT),
+        scale=1.0,
+        implementation="cudnn",
+    )
+    return context_BTHK.swapaxes(1, 2)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax import attention
+from ssl_jax.dropout import keep_factors
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -63,6 +64,7 @@ class GPT2:
     Attributes:
       vocab_size: rows of the embedding that count; ids from here to `padded_vocab_size` are never predicted.
       dtype: type of the arithmetic; softmax, layer norms and the loss stay in float32.
+      scan_unroll: stacked blocks compiled per turn of the loop over them; all of them: no loop.
     """
 
     vocab_size: int
@@ -85,14 +87,19 @@ class GPT2:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = True
+    scan_unroll: int = 1
     remat: str = "none"
+    attn_implementation: attention.Implementation = "einsum"
 
     @classmethod
     def from_config(cls, config: Any, vocab_size: int) -> GPT2:
         """Resolves a `config.Model` for a tokenizer of `vocab_size` tokens; a larger `config.vocab_size` stands."""
-        dtype = config.dtype
+        backend, dtype, implementation = jax.default_backend(), config.dtype, config.attn_implementation
         if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            dtype = "float32" if backend == "cpu" else "bfloat16"
+        if implementation == "auto":
+            is_plain = dtype == "bfloat16" and not config.attn_pdrop and not config.reorder_and_upcast_attn
+            implementation = "cudnn" if backend == "gpu" and is_plain else "einsum"
         fields = {field.name for field in dataclasses.fields(cls)} & set(type(config).model_fields)
         values = {name: getattr(config, name) for name in fields}
         rows = max(vocab_size, config.vocab_size or 0)
@@ -102,6 +109,8 @@ class GPT2:
             "n_inner": config.n_inner or 4 * config.n_embd,
             "dtype": jnp.dtype(dtype),
             "param_dtype": jnp.dtype(config.param_dtype),
+            "scan_unroll": config.scan_unroll or (config.n_layer if backend == "cpu" else 1),
+            "attn_implementation": implementation,
         }
         return cls(**values)
 
@@ -169,12 +178,12 @@ def prefill(model: GPT2, layers: Params, tokens_BT: jax.Array, slots: int) -> tu
       slots: cache size, at least T.
     """
     length = tokens_BT.shape[1]
-    mask = jnp.tri(length, dtype=bool)[None, None]
+    one_segment_BT = jnp.ones_like(tokens_BT)
     padding = ((0, 0), (0, 0), (0, slots - length), (0, 0))
 
     def attend_for(layer):
         def attend(query, key, value):
-            context = _attend(model, layer, query, key, value, mask)
+            context = _attend_causally(model, layer, query, key, value, one_segment_BT)
             return context, (jnp.pad(key, padding), jnp.pad(value, padding))
 
         return attend
@@ -211,8 +220,15 @@ def decode(
                 jax.lax.dynamic_update_slice_in_dim(old, new.reshape(*old.shape[:-2], 1, -1), slot, axis=-2)
                 for old, new in zip(cache[layer], (key, value), strict=True)
             )
-            mask = visible_BS[:, None, None]
-            return _attend(model, layer, query, keys.reshape(shape), values.reshape(shape), mask), (keys, values)
+            context = attention.attend(
+                query,
+                keys.reshape(shape),
+                values.reshape(shape),
+                visible_BS[:, None, None],
+                model.attention_scale(layer),
+                upcast=model.reorder_and_upcast_attn,
+            )
+            return context, (keys, values)
 
         return attend
 
@@ -239,25 +255,24 @@ def _run_layers(model, layers, tokens_BT, positions_BT, attend_for) -> tuple[jax
     return x_BTD, tuple(cache)
 
 
-def _attend(model, layer, query, key, value, mask, keep_BHTS=None) -> jax.Array:
+def _attend_causally(model, layer, query, key, value, segment_ids_BT, dropout_rate=0.0, dropout_key=None) -> jax.Array:
     """Attention as this model's layer does it."""
-    scale, upcast = model.attention_scale(layer), model.reorder_and_upcast_attn
-    return attention.attend(query, key, value, mask, scale, upcast=upcast, keep_BHTS=keep_BHTS)
+    return attention.attend_causally(
+        query,
+        key,
+        value,
+        segment_ids_BT,
+        model.attention_scale(layer),
+        implementation=model.attn_implementation,
+        upcast=model.reorder_and_upcast_attn,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+    )
 
 
 def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Zeroes a fraction `rate` (rounded to 1/256) of `x` and scales up the rest."""
-    if rate == 0.0:
-        return x
-    return x * _keep(module, x.shape, rate).astype(x.dtype)
-
-
-def _keep(module: nn.Module, shape: tuple[int, ...], rate: float) -> jax.Array:
-    """Dropout factors, 0 or 1/kept, from one random byte each: a quarter of the bits, which dominate its cost."""
-    dropped = round(rate * 256)
-    words = jax.random.bits(module.make_rng("dropout"), (*shape[:-1], -(-shape[-1] // 4)), jnp.uint32)
-    draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*shape[:-1], -1)[..., : shape[-1]]
-    return jnp.where(draws >= dropped, 256.0 / (256 - dropped), 0.0)
+    """Zeroes a fraction `rate` of `x` and scales up the rest."""
+    return x * keep_factors(module.make_rng("dropout"), x.shape, rate).astype(x.dtype) if rate else x
 
 
 class _Dense(nn.Module):
@@ -338,7 +353,9 @@ class _Block(nn.Module):
         x_BTD = x_BTD + _dropout(self, projected, drop)
 
         normal = _LayerNorm(model, name="ln_2")(x_BTD)
-        inner = ACTIVATIONS[model.activation_function](_Dense(model, model.n_inner, name="mlp_c_fc")(normal))
+        # Of all that the activation computes, the backward pass gets its argument: the rest is cheaper than memory.
+        activation = jax.checkpoint(ACTIVATIONS[model.activation_function])
+        inner = activation(_Dense(model, model.n_inner, name="mlp_c_fc")(normal))
         projected = _Dense(model, width, residual_scale, name="mlp_c_proj")(inner)
         return x_BTD + _dropout(self, projected, drop), extra
 
@@ -350,14 +367,13 @@ class _TrainBlock(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, mask: jax.Array, layer: int | jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, layer: int | jax.Array) -> tuple[jax.Array, None]:
         model = self.model
-        drop = 0.0 if self.deterministic else model.attn_pdrop
-        rows, length, _ = x_BTD.shape
-        keep = _keep(self, (rows, model.n_head, length, length), drop) if drop else None
+        rate = 0.0 if self.deterministic else model.attn_pdrop
+        dropout_key = self.make_rng("dropout") if rate else None
 
         def attend(query, key, value):
-            return _attend(model, layer, query, key, value, mask, keep), None
+            return _attend_causally(model, layer, query, key, value, segment_ids_BT, rate, dropout_key), None
 
         # The block's parameters sit beside, not below, this wrapper: one layout for training and decoding.
         block = _Block(model, self.deterministic)
@@ -380,11 +396,10 @@ class _Transformer(nn.Module):
             x_BTD = _dropout(self, x_BTD, model.embd_pdrop)
         if not model.tie_word_embeddings:
             _Table(model, model.padded_vocab_size, name="lm_head")()  # made here, read by `output_embedding`
-        mask = attention.segment_mask(segment_ids_BT)
         block: Any = _TrainBlock
         if model.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if model.remat == "dots" else None
-            block = nn.remat(block, prevent_cse=not model.scan_layers, policy=policy)
+            block = nn.remat(block, prevent_cse=not model.scan_layers or model.scan_unroll > 1, policy=policy)
         if model.scan_layers:
             scanned: Any = nn.scan(
                 block,
@@ -392,10 +407,11 @@ class _Transformer(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=model.n_layer,
+                unroll=model.scan_unroll,
             )
-            x_BTD, _ = scanned(model, self.deterministic, name="h")(x_BTD, mask, jnp.arange(model.n_layer))
+            x_BTD, _ = scanned(model, self.deterministic, name="h")(x_BTD, segment_ids_BT, jnp.arange(model.n_layer))
         else:
-            x_BTD, _ = _Blocks(model, self.deterministic, block, name="h")(x_BTD, mask)
+            x_BTD, _ = _Blocks(model, self.deterministic, block, name="h")(x_BTD, segment_ids_BT)
         return _LayerNorm(model, name="ln_f")(x_BTD)
 
 
@@ -407,7 +423,7 @@ class _Blocks(nn.Module):
     block: Any
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, None]:
         for layer in range(self.model.n_layer):
-            x_BTD, _ = self.block(self.model, self.deterministic, name=str(layer))(x_BTD, mask, layer)
+            x_BTD, _ = self.block(self.model, self.deterministic, name=str(layer))(x_BTD, segment_ids_BT, layer)
         return x_BTD, None

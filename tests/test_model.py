@@ -91,6 +91,15 @@ def test_scanned_and_unrolled_blocks_are_the_same_function_of_the_same_parameter
     assert model.unstack(unrolled, converted) is converted
 
 
+def test_the_loop_over_blocks_may_be_unrolled(params):
+    """The same parameters and, with dropout, the same draws."""
+    keys = [jax.random.key(5)]
+    looped, unrolled = (
+        forward(dataclasses.replace(WITH_DROPOUT, scan_unroll=n), params, *packed(*SEGMENTS), *keys) for n in (1, 2)
+    )
+    np.testing.assert_allclose(unrolled, looped, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def gradient(params):
     def compute(shape):
@@ -228,7 +237,7 @@ def test_layers_draw_different_dropout(params):
 
     class Stack(nn.Module):
         @nn.compact
-        def __call__(self, x, mask, layers):
+        def __call__(self, x, segment_ids, layers):
             scan: Any = nn.scan
             stack = scan(
                 model._TrainBlock,
@@ -237,12 +246,12 @@ def test_layers_draw_different_dropout(params):
                 in_axes=(nn.broadcast, 0),
                 length=2,
             )
-            return stack(shape, False, name="h")(x, mask, layers)[0]
+            return stack(shape, False, name="h")(x, segment_ids, layers)[0]
 
     sums: Any = Stack().apply(
         {"params": {"h": blocks}},
         jnp.zeros((4, 16, 16)),
-        jnp.ones((4, 1, 16, 16), bool),
+        jnp.ones((4, 16), jnp.int32),
         jnp.arange(2),
         rngs={"dropout": jax.random.key(0)},
     )

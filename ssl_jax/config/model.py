@@ -57,7 +57,16 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Type of the arithmetic; auto: float32 on CPU, bfloat16 on accelerators."
     )
-    scan_layers: bool = Field(default=True, description="Compile one block and loop over it (else unroll every block).")
+    attn_implementation: Literal["auto", "einsum", "cudnn"] = Field(
+        default="auto",
+        description="Form of attention; auto: cuDNN's kernel on NVIDIA for bfloat16 without attn_pdrop, else einsum.",
+    )
+    scan_layers: bool = Field(
+        default=True, description="Stack the blocks' parameters and loop over them (else keep every block apart)."
+    )
+    scan_unroll: int | None = Field(
+        default=None, ge=1, description="Blocks compiled per turn of that loop; absent: all on a CPU, one elsewhere."
+    )
     remat: Literal["none", "dots", "full"] = Field(
         default="none", description="What the backward pass recomputes: nothing, all but matrix products, whole blocks."
     )
@@ -75,6 +84,16 @@ class Model(Section):
                     raise ValueError(f"size {values['size']} means {name} {number}; drop {name} or drop size")
             values = {**values, **shape}
         return values
+
+    @model_validator(mode="after")
+    def _cudnn_can(self) -> Model:
+        if self.attn_implementation == "cudnn" and (self.attn_pdrop or self.reorder_and_upcast_attn):
+            raise ValueError(
+                "attn_implementation cudnn has no attn_pdrop and no reorder_and_upcast_attn; set them to 0"
+            )
+        if self.attn_implementation == "cudnn" and self.dtype == "float32":
+            raise ValueError("attn_implementation cudnn computes in 16 bits; dtype float32 needs einsum")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:

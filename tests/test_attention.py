@@ -1,0 +1,136 @@
+"""Attention in blocks is attention, forward and backward, and keeps no scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssl_jax import attention
+from ssl_jax.config import Model
+from ssl_jax.model import GPT2
+
+ROWS, HEADS, WIDTH = 2, 3, 8
+SCALE = WIDTH**-0.5
+
+
+def packed_rows(length: int) -> tuple[list[jax.Array], np.ndarray]:
+    """Random queries, keys and values, and two rows of segments that end in padding."""
+    rng = np.random.default_rng(length)
+    arrays = [jnp.asarray(rng.normal(size=(ROWS, HEADS, length, WIDTH)), jnp.float32) for _ in range(3)]
+    cuts = np.sort(rng.integers(1, length, (ROWS, 3)), axis=1)
+    ids = 1 + (np.arange(length)[None, None] >= cuts[..., None]).sum(axis=1)
+    return arrays, np.where(ids == 4, 0, ids).astype(np.int32)
+
+
+def attend_at_once(query, key, value, segment_ids):
+    return attention.attend(query, key, value, attention.segment_mask(segment_ids), SCALE)
+
+
+# One block, whole blocks, a last block of one, many blocks of uneven size.
+@pytest.mark.parametrize("length", [5, 64, 128, 129, 333, 700])
+def test_blocks_give_the_values_and_gradients_of_all_scores_at_once(length):
+    arrays, ids = packed_rows(length)
+    weights = jnp.sin(jnp.arange(ROWS * HEADS * length * WIDTH, dtype=jnp.float32)).reshape(arrays[0].shape)
+
+    def results(attend):
+        def total(query, key, value):
+            context = attend(query, key, value, ids)
+            return jnp.sum(context * weights), context
+
+        (_, context), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays)
+        return context, *gradients
+
+    in_blocks = results(lambda *arguments: attention.attend_causally(*arguments, SCALE))
+    for found, expected in zip(in_blocks, results(attend_at_once), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_mask_of_a_block_is_its_part_of_the_mask_of_all():
+    _, ids = packed_rows(50)
+    whole = attention.segment_mask(jnp.asarray(ids))
+    assert np.array_equal(attention.segment_mask(jnp.asarray(ids), 20, 33), whole[:, :, 20:33, :33])
+    assert not whole[:, :, 20:33, 33:].any()
+
+
+def test_the_backward_pass_keeps_no_scores():
+    """Of 1,024 tokens, what is saved is less than one head's scores."""
+    length = 1024
+    arrays, ids = packed_rows(length)
+
+    def total(query, key, value):
+        return jnp.sum(attention.attend_causally(query, key, value, ids, SCALE))
+
+    _, backward = jax.vjp(total, *arrays)
+    saved = sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
+    assert saved < 4 * length * length
+
+
+def test_dropout_drops_the_same_probabilities_in_the_backward_pass():
+    """Attention is linear in the values, so its gradient there says which probabilities were kept."""
+    (query, key, value), ids = packed_rows(200)
+    key_of_dropout = jax.random.key(3)
+
+    def attend(value):
+        return attention.attend_causally(query, key, value, ids, SCALE, dropout_rate=0.5, dropout_key=key_of_dropout)
+
+    context, backward = jax.vjp(attend, value)
+    (gradient,) = backward(context)
+    np.testing.assert_allclose(jnp.sum(gradient * value), jnp.sum(context * context), rtol=1e-4)
+    plain = attention.attend_causally(query, key, value, ids, SCALE)
+    assert np.abs(context - plain).max() > 0.1
+
+
+def test_blocks_draw_different_dropout():
+    """Uniform attention over equal values gives the kept share; equal draws in both blocks would repeat it."""
+    zeros, ones = jnp.zeros((1, 1, 128, WIDTH)), jnp.ones((1, 1, 128, WIDTH))
+    ids = jnp.arange(128)[None] // 64 + 1  # the second block sees itself alone, as the first one does
+    context = attention.attend_causally(
+        zeros, zeros, ones, ids, SCALE, dropout_rate=0.5, dropout_key=jax.random.key(0)
+    )[0, 0, :, 0]
+    assert np.abs(context[:64] - context[64:]).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"dtype": "bfloat16", "attn_pdrop": 0.0}, "cudnn"),
+        ({"dtype": "bfloat16", "attn_pdrop": 0.1}, "einsum"),
+        ({"dtype": "float32", "attn_pdrop": 0.0}, "einsum"),
+        ({"dtype": "bfloat16", "attn_pdrop": 0.0, "reorder_and_upcast_attn": True}, "einsum"),
+        ({"dtype": "bfloat16", "attn_pdrop": 0.0, "attn_implementation": "einsum"}, "einsum"),
+    ],
+)
+def test_a_gpu_gets_the_fused_kernel_where_that_can_do_what_is_asked(monkeypatch, changes, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = GPT2.from_config(Model(**changes), vocab_size=100)
+    assert (found.attn_implementation, found.scan_unroll) == (expected, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attn_pdrop": 0.1}, {"attn_pdrop": 0, "reorder_and_upcast_attn": True}, {"attn_pdrop": 0, "dtype": "float32"}],
+)
+def test_the_fused_kernel_is_refused_where_it_cannot(changes):
+    with pytest.raises(ValueError, match="attn_implementation cudnn"):
+        Model(attn_implementation="cudnn", **changes)
+
+
+@pytest.mark.gpu
+def test_the_fused_kernel_keeps_segments_apart_as_blocks_do():
+    arrays, ids = packed_rows(256)
+    arrays = [jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, 56))).astype(jnp.bfloat16) for array in arrays]
+
+    def results(implementation: Any):
+        def total(query, key, value):
+            context = attention.attend_causally(query, key, value, ids, SCALE, implementation=implementation)
+            return jnp.sum(jnp.square(context.astype(jnp.float32))), context
+
+        (_, context), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays)
+        return context, *gradients
+
+    for found, expected in zip(results("cudnn"), results("einsum"), strict=True):
+        np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.05, atol=0.05)
