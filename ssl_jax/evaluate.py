@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from ssl_jax import command_line, files, workdir
-from ssl_jax.config import Data, Evaluation, Section, Source, TemplateName, Train
+from ssl_jax.config import Data, Evaluation, ServedWeights, Source, TemplateName, Train
 from ssl_jax.errors import UserError
 
 if TYPE_CHECKING:
     from ssl_jax.dialogue import Dialogue
 
 
-class Evaluate(Section):
+class Evaluate(ServedWeights):
     """What to evaluate."""
 
     workdir: str | None = Field(default=None, description="Work directory of a run: its model and its data.")
@@ -38,7 +38,9 @@ class Evaluate(Section):
     )
     split: str = Field(default="test", description="Labeled split: test, dev, train, or another that the data has.")
     output: str | None = Field(
-        default=None, description="Where the result goes; absent: eval_<split>.json of the work directory."
+        default=None,
+        description="Where the result goes; absent: eval_<split>.json of the work directory, "
+        "with other weights eval_<split>_<weights>.json.",
     )
     recall_examples: int | None = Field(
         default=None, ge=0, description="Contexts to rank; absent: as the run's config says."
@@ -72,10 +74,12 @@ def main(arguments: Sequence[str]) -> None:
         dialogues = _from_files(command.data, Data() if run is None else run.data)
     else:
         dialogues = _from_run(Path(command.workdir or ""), command.split)
-    model = loading.load_named(None if command.model else command.workdir, command.model, command.template)
+    workdir_name = None if command.model else command.workdir
+    model = loading.load_named(workdir_name, command.model, command.template, command.weights)
     result = {
         "split": command.data or f"labeled_{command.split}",
         "model": command.model or command.workdir,
+        "weights": command.weights,
         **evaluation.full(
             model,
             list(model.tokenizer.encode_all(dialogues)),
@@ -92,7 +96,8 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{what.replace('_', ' '):<28} {count}")
     path = command.output
     if path is None and command.model is None and command.data is None:
-        path = f"{command.workdir}/eval_{command.split}.json"
+        kept = "" if command.weights == "auto" else f"_{command.weights}"
+        path = f"{command.workdir}/eval_{command.split}{kept}.json"
     if path is not None:
         files.write_json(Path(path), result)
         print(f"written to {path}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from ssl_jax import command_line
-from ssl_jax.config import Sampling, Served
+from ssl_jax.config import Sampling, Served, ServedWeights
 
 if TYPE_CHECKING:
     from ssl_jax.conversation import Messages
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ssl_jax.replies import Reply
 
 
-class Generate(Sampling, Served):
+class Generate(Sampling, Served, ServedWeights):
     """What to say, to whom, and how to draw the answer."""
 
     prompt: tuple[str, ...] = Field(default=(), description="What the user says; several prompts are answered in turn.")
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     compilation_cache.enable()
     opening = [] if command.system is None else [{"role": "system", "content": command.system}]
     prompts = [as_prompt([*opening, {"role": "user", "content": text}] if opening else text) for text in command.prompt]
-    model = loading.load_named(command.workdir, command.model, command.template)
+    model = loading.load_named(command.workdir, command.model, command.template, command.weights)
     options = command.model_dump(include=set(Sampling.model_fields))
     if command.chat:
         _chat(model, opening, options, command)

@@ -19,13 +19,18 @@ from ssl_jax.errors import UserError
 
 
 def load(
-    name: str, *, template: TemplateName | Literal["auto"] = "auto", mesh: jax.sharding.Mesh | None = None
+    name: str,
+    *,
+    template: TemplateName | Literal["auto"] = "auto",
+    weights: config.Weights = "auto",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> DialogueModel:
     """The model of a work directory, of a Hugging Face directory, or of the hub.
 
     Args:
       name: a directory, or a hub name such as `gpt2`.
       template: how a Hugging Face model reads dialogues, as `tokenizer.template`; a work directory knows its own.
+      weights: how exactly they are kept, see `model.with_weights`.
       mesh: where the parameters go; None for one device.
 
     Raises:
@@ -33,23 +38,26 @@ def load(
     """
     directory = Path(name)
     if (directory / "config.yaml").is_file():
-        return load_checkpoint(directory, mesh=mesh)
+        return _with_weights(load_checkpoint(directory, mesh=mesh), weights)
     if directory.is_dir() and not (directory / "config.json").is_file():
         raise UserError(
             f"{name} is neither a work directory (it has no config.yaml) nor a Hugging Face model (no config.json)"
         )
     shape, params, tokenizer = pretrained.load(name, template=template, mesh=mesh)
-    return DialogueModel(shape, params, tokenizer, mesh)
+    return _with_weights(DialogueModel(shape, params, tokenizer, mesh), weights)
 
 
 def load_named(
-    workdir_name: str | None, model_name: str | None, template: TemplateName | Literal["auto"] = "auto"
+    workdir_name: str | None,
+    model_name: str | None,
+    template: TemplateName | Literal["auto"] = "auto",
+    weights: config.Weights = "auto",
 ) -> DialogueModel:
     """The model that a command's `--workdir` or `--model` names; exactly one of them does."""
     if workdir_name is not None:
-        return load_checkpoint(Path(workdir_name))
+        return _with_weights(load_checkpoint(Path(workdir_name)), weights)
     assert model_name is not None
-    return load(model_name, template=template)
+    return load(model_name, template=template, weights=weights)
 
 
 def load_checkpoint(
@@ -78,6 +86,11 @@ def load_checkpoint(
     if mesh is not None:
         abstract = sharding.place(abstract, sharding.shard_params(abstract, mesh))
     return DialogueModel(shape, checkpoints.restore(step_number, {item: abstract})[item], tokenizer, mesh)
+
+
+def _with_weights(loaded: DialogueModel, weights: config.Weights) -> DialogueModel:
+    shape, params = model.with_weights(loaded.shape, loaded.params, weights)
+    return dataclasses.replace(loaded, shape=shape, params=params)
 
 
 def served_step(checkpoints: Checkpoints, settings: config.Train) -> int | None:

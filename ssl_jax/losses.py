@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ssl_jax import products
+
 CHUNK_TOKENS = 1024
 
 
@@ -42,12 +44,14 @@ def weighted_cross_entropy(
     return loss_and_nll[0], jax.lax.stop_gradient(loss_and_nll[1])
 
 
-def token_nll(hidden_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
+def token_nll(
+    hidden_BTD: jax.Array, embedding_VD: jax.Array | products.Int8, targets_BT: jax.Array, vocab_size: int
+) -> jax.Array:
     """Negative log-likelihood of every target, float32 `[B, T]`, nats."""
 
     def chunk_nll(_, chunk):
         hidden_BCD, targets_BC = chunk
-        logits_NV = _logits(_rows(hidden_BCD), embedding_VD, vocab_size)
+        logits_NV = products.logits(_rows(hidden_BCD), embedding_VD, vocab_size)
         highest_N1, _, sum_N1 = _softmax_parts(logits_NV)
         return None, _nll(logits_NV, highest_N1, sum_N1, targets_BC.reshape(-1)).reshape(targets_BC.shape)
 
@@ -58,14 +62,6 @@ def token_nll(hidden_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Ar
 def _rows(hidden_BCD: jax.Array) -> jax.Array:
     """`[N, D]`: XLA on CPU turns plain matrix products, and only those, into fast calls."""
     return hidden_BCD.reshape(-1, hidden_BCD.shape[-1])
-
-
-def _logits(hidden_ND: jax.Array, embedding_VD: jax.Array, vocab_size: int) -> jax.Array:
-    logits_NV = jnp.einsum("nd,vd->nv", hidden_ND, embedding_VD, preferred_element_type=jnp.float32)
-    if vocab_size == embedding_VD.shape[0]:
-        return logits_NV
-    is_real_V = jnp.arange(embedding_VD.shape[0]) < vocab_size
-    return jnp.where(is_real_V[None], logits_NV, -jnp.inf)
 
 
 def _softmax_parts(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -93,7 +89,7 @@ def _forward(vocab_size, hidden_BTD, embedding_VD, targets_BT, weights_BT):
         loss, embedding_grad_DV = carry
         hidden_BCD, targets_BC, weights_BC = chunk
         hidden_ND, targets_N, weights_N = _rows(hidden_BCD), targets_BC.reshape(-1), weights_BC.reshape(-1)
-        logits_NV = _logits(hidden_ND, embedding_VD, vocab_size)
+        logits_NV = products.logits(hidden_ND, embedding_VD, vocab_size)
         highest_N1, exponentials_NV, sum_N1 = _softmax_parts(logits_NV)
         nll_N = _nll(logits_NV, highest_N1, sum_N1, targets_N)
         is_target_NV = jnp.arange(logits_NV.shape[-1])[None] == targets_N[:, None]

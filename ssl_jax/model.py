@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import attention
+from ssl_jax import attention, products
 from ssl_jax.dropout import keep_factors
 
 Params = dict[str, Any]
@@ -150,17 +150,15 @@ def forward(
     return hidden_BTD
 
 
-def output_embedding(params: Params, dtype: Any) -> jax.Array:
+def output_embedding(params: Params, dtype: Any) -> jax.Array | products.Int8:
     """The `[V, D]` matrix that turns hidden states into logits: the untied head, or else the token embedding."""
-    return params.get("lm_head", params["wte"])["embedding"].astype(dtype)
+    embedding = params.get("lm_head", params["wte"])["embedding"]
+    return embedding if isinstance(embedding, products.Int8) else embedding.astype(dtype)
 
 
 def logits(model: GPT2, params: Params, hidden_BD: jax.Array) -> jax.Array:
     """Scores of every next token, float32 `[B, V]`; minus infinity for the padding of the vocabulary."""
-    embedding_VD = output_embedding(params, hidden_BD.dtype)
-    logits_BV = jnp.einsum("bd,vd->bv", hidden_BD, embedding_VD, preferred_element_type=jnp.float32)
-    is_real_V = jnp.arange(model.padded_vocab_size) < model.vocab_size
-    return jnp.where(is_real_V[None], logits_BV, -jnp.inf)
+    return products.logits(hidden_BD, output_embedding(params, hidden_BD.dtype), model.vocab_size)
 
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
@@ -244,6 +242,32 @@ def unstack(model: GPT2, params: Params) -> Params:
     return {**params, "h": blocks}
 
 
+def with_weights(model: GPT2, params: Params, weights: Literal["auto", "bfloat16", "int8"]) -> tuple[GPT2, Params]:
+    """The model with shorter weights, for everything but training.
+
+    Args:
+      model: the shape.
+      params: its parameters, stacked or not.
+      weights: `bfloat16` is the type of all weights and of the arithmetic. `int8` is that of matrices and token
+        embeddings (`products.Int8`), and of what they are multiplied with; the rest stays. `auto` changes nothing.
+    """
+    if weights == "auto":
+        return model, params
+    if weights == "bfloat16":
+        dtype = jnp.dtype(jnp.bfloat16)
+        shorter = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        return dataclasses.replace(model, dtype=dtype, param_dtype=dtype), shorter
+
+    def convert(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            return products.Int8.of(leaf.T)
+        return products.Int8.of(leaf) if name == "embedding" and path[0].key != "wpe" else leaf
+
+    layers = jax.tree_util.tree_map_with_path(convert, unstack(model, params))
+    return dataclasses.replace(model, scan_layers=False), layers
+
+
 def _run_layers(model, layers, tokens_BT, positions_BT, attend_for) -> tuple[jax.Array, Cache]:
     """The forward pass with a cache: blocks one by one, each with its own way to attend."""
     x_BTD: Any = _Embed(model).apply({"params": layers}, tokens_BT, positions_BT)
@@ -275,6 +299,12 @@ def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
     return x * keep_factors(module.make_rng("dropout"), x.shape, rate).astype(x.dtype) if rate else x
 
 
+def _quantized(module: nn.Module, name: str) -> products.Int8 | None:
+    """The parameter of that name if it came quantized."""
+    value = module.get_variable("params", name)
+    return value if isinstance(value, products.Int8) else None
+
+
 class _Dense(nn.Module):
     """x @ kernel + bias with Hugging Face's Conv1D names."""
 
@@ -285,11 +315,12 @@ class _Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         initializer = nn.initializers.normal(self.model.initializer_range * self.scale)
-        kernel = self.param("kernel", initializer, (x.shape[-1], self.features), self.model.param_dtype)
+        kernel = _quantized(self, "kernel")
+        if kernel is None:
+            kernel = self.param("kernel", initializer, (x.shape[-1], self.features), self.model.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.model.param_dtype)
-        dtype = self.model.dtype
         # XLA on CPU turns plain matrix products, and only those, into fast calls, also in the backward pass.
-        rows = x.reshape(-1, x.shape[-1]) @ kernel.astype(dtype) + bias.astype(dtype)[None]
+        rows = products.matmul(x.reshape(-1, x.shape[-1]), kernel) + bias.astype(self.model.dtype)[None]
         return rows.reshape(*x.shape[:-1], self.features)
 
 
@@ -316,9 +347,9 @@ class _Embed(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        table = _Table(self.model, self.model.padded_vocab_size, name="wte")()
-        positions = _Table(self.model, self.model.n_positions, name="wpe")()
-        return table.astype(self.model.dtype)[tokens_BT] + positions.astype(self.model.dtype)[positions_BT]
+        table = _Table(self.model, self.model.padded_vocab_size, name="wte")
+        positions = _Table(self.model, self.model.n_positions, name="wpe")
+        return table(tokens_BT) + positions(positions_BT)
 
 
 class _Table(nn.Module):
@@ -326,9 +357,14 @@ class _Table(nn.Module):
     rows: int
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        initializer = nn.initializers.normal(self.model.initializer_range)
-        return self.param("embedding", initializer, (self.rows, self.model.n_embd), self.model.param_dtype)
+    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+        model = self.model
+        embedding = _quantized(self, "embedding")
+        if embedding is not None:
+            return embedding.rows(ids_BT, model.dtype)
+        initializer = nn.initializers.normal(model.initializer_range)
+        embedding = self.param("embedding", initializer, (self.rows, model.n_embd), model.param_dtype)
+        return embedding.astype(model.dtype)[ids_BT]
 
 
 class _Block(nn.Module):
@@ -395,7 +431,7 @@ class _Transformer(nn.Module):
         if not self.deterministic:
             x_BTD = _dropout(self, x_BTD, model.embd_pdrop)
         if not model.tie_word_embeddings:
-            _Table(model, model.padded_vocab_size, name="lm_head")()  # made here, read by `output_embedding`
+            _Table(model, model.padded_vocab_size, name="lm_head")(tokens_BT)  # made here, read by `output_embedding`
         block: Any = _TrainBlock
         if model.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if model.remat == "dots" else None

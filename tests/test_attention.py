@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,13 +18,13 @@ ROWS, HEADS, WIDTH = 2, 3, 8
 SCALE = WIDTH**-0.5
 
 
-def packed_rows(length: int) -> tuple[list[jax.Array], np.ndarray]:
+def packed_rows(length: int) -> tuple[list[jax.Array], jax.Array]:
     """Random queries, keys and values, and two rows of segments that end in padding."""
     rng = np.random.default_rng(length)
     arrays = [jnp.asarray(rng.normal(size=(ROWS, HEADS, length, WIDTH)), jnp.float32) for _ in range(3)]
     cuts = np.sort(rng.integers(1, length, (ROWS, 3)), axis=1)
     ids = 1 + (np.arange(length)[None, None] >= cuts[..., None]).sum(axis=1)
-    return arrays, np.where(ids == 4, 0, ids).astype(np.int32)
+    return arrays, jnp.asarray(np.where(ids == 4, 0, ids), jnp.int32)
 
 
 def attend_at_once(query, key, value, segment_ids):
@@ -44,15 +45,15 @@ def test_blocks_give_the_values_and_gradients_of_all_scores_at_once(length):
         (_, context), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays)
         return context, *gradients
 
-    in_blocks = results(lambda *arguments: attention.attend_causally(*arguments, SCALE))
+    in_blocks = results(functools.partial(attention.attend_causally, scale=SCALE))
     for found, expected in zip(in_blocks, results(attend_at_once), strict=True):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_the_mask_of_a_block_is_its_part_of_the_mask_of_all():
     _, ids = packed_rows(50)
-    whole = attention.segment_mask(jnp.asarray(ids))
-    assert np.array_equal(attention.segment_mask(jnp.asarray(ids), 20, 33), whole[:, :, 20:33, :33])
+    whole = attention.segment_mask(ids)
+    assert np.array_equal(attention.segment_mask(ids, 20, 33), whole[:, :, 20:33, :33])
     assert not whole[:, :, 20:33, 33:].any()
 
 

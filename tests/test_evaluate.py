@@ -84,6 +84,19 @@ def test_another_split_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert dev["counts"] == {"dialogues": len(dev["dialogues"]["id"]), "longer_than_context": 0}
 
 
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_shorter_weights_have_a_file_of_their_own_and_nearly_the_same_likelihood(tmp_path: Path, weights: str) -> None:
+    run = copy_of_run(tmp_path)
+    values = {}
+    for kept in ("auto", weights):
+        evaluate.main(["--workdir", str(run), "--split", "dev", "--weights", kept, *LITTLE])
+        result = read(run / ("eval_dev.json" if kept == "auto" else f"eval_dev_{kept}.json"))
+        assert result["weights"] == kept
+        values[kept] = result["metrics"]["reply_bits_per_byte"]
+    assert values[weights] != values["auto"]
+    assert values[weights] == pytest.approx(values["auto"], rel=2e-3)
+
+
 def test_an_unknown_split_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"--split tset: .* it has train, dev, test"):
         evaluate.main(["--workdir", str(tiny.finished()), "--split", "tset"])

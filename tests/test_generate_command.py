@@ -69,6 +69,11 @@ def test_the_likeliest_token_alone_is_greedy(capsys: pytest.CaptureFixture[str])
     assert replies(capsys, "--prompt", PROMPT, "--top-k", "1", "--seed", "3") == greedy
 
 
+def test_eight_bit_weights_answer_too(capsys: pytest.CaptureFixture[str]) -> None:
+    first, again = (replies(capsys, "--prompt", PROMPT, "--weights", "int8", "--seed", "4") for _ in range(2))
+    assert first == again and first[0]["logprob"] < 0
+
+
 def test_several_prompts_are_answered_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     prompts = list(tiny.SAMPLE_PROMPTS)
     assert [row["prompt"] for row in replies(capsys, "--prompt", *prompts)] == prompts

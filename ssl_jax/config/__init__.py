@@ -13,12 +13,13 @@ from ssl_jax.config.data import Data, Source, TemplateName, Tokenizer
 from ssl_jax.config.model import MODEL_SIZES, Model
 from ssl_jax.config.replies import DEFAULT_NEW_TOKENS, Evaluation, PseudoLabels, Sampling
 from ssl_jax.config.section import Section
-from ssl_jax.config.served import Served
+from ssl_jax.config.served import Served, ServedWeights, Weights
 from ssl_jax.config.training import Mesh, Objectives, Optimizer, Train
 
 __all__ = [
     "DEFAULT_NEW_TOKENS", "FORMER_NAMES", "MODEL_SIZES", "Config", "Data", "Evaluation", "Mesh", "Model", "Objectives",
-    "Optimizer", "PseudoLabels", "Sampling", "Section", "Served", "Source", "TemplateName", "Tokenizer", "Train",
+    "Optimizer", "PseudoLabels", "Sampling", "Section", "Served", "ServedWeights", "Source", "TemplateName",
+    "Tokenizer", "Train", "Weights",
 ]  # fmt: skip
 
 # What `TrainingArguments` and the article's scripts called a setting, and where it lives here.

@@ -9,6 +9,18 @@ from pydantic import Field, model_validator
 from ssl_jax.config.data import TemplateName
 from ssl_jax.config.section import Section
 
+Weights = Literal["auto", "bfloat16", "int8"]
+
+
+class ServedWeights(Section):
+    """How exactly the weights are kept that answer."""
+
+    weights: Weights = Field(
+        default="auto",
+        description="auto: as stored; bfloat16: they and the arithmetic; int8: matrices and embeddings, each output "
+        "with its scale, and what they multiply.",
+    )
+
 
 class Served(Section):
     """Which model."""
