@@ -1,4 +1,9 @@
-"""The peer: Hugging Face's `generate`. `python benchmarks/generate_huggingface.py WORKLOAD_JSON MODE`."""
+"""The peer: Hugging Face's `generate`.
+
+    python benchmarks/generate_huggingface.py WORKLOAD_JSON MODE [static]
+
+`static` is its form with a cache of fixed size, with which on a GPU it compiles the step of decoding.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from workload import Workload
 class Generation:
     """A network with random weights and a batch of random prompts."""
 
-    def __init__(self, workload: Workload, *, do_sample: bool) -> None:
+    def __init__(self, workload: Workload, *, do_sample: bool, static: bool) -> None:
         if workload.device == "cpu":
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         dtype = torch.float32 if workload.device == "cpu" else torch.bfloat16
@@ -27,9 +32,11 @@ class Generation:
         generator = torch.Generator().manual_seed(0)
         self._prompts = torch.randint(workload.vocab_size, size, generator=generator).to(workload.device)
         self._mask = torch.ones_like(self._prompts)
-        self._sampling: dict[str, Any] = {"do_sample": False}
+        self._options: dict[str, Any] = {"do_sample": False}
         if do_sample:
-            self._sampling = {"do_sample": True, "top_k": 50, "top_p": 0.95}
+            self._options = {"do_sample": True, "top_k": 50, "top_p": 0.95}
+        if static:
+            self._options["cache_implementation"] = "static"
 
     def generate(self, new_tokens: int) -> dict[str, float]:
         """Replies of so many tokens; `seconds`, `first_seconds` to the first token, `decode_seconds` for the others.
@@ -43,7 +50,7 @@ class Generation:
         started = time.perf_counter()
         with torch.inference_mode():
             found = self._network.generate(
-                self._prompts, attention_mask=self._mask, max_new_tokens=new_tokens, **self._sampling
+                self._prompts, attention_mask=self._mask, max_new_tokens=new_tokens, **self._options
             )
         if found.is_cuda:
             torch.cuda.synchronize()
@@ -54,7 +61,9 @@ class Generation:
 def main() -> None:
     """Generates as many tokens as it is told, turn after turn."""
     turns = Turns()
-    generation = Generation(Workload.model_validate_json(sys.argv[1]), do_sample=sys.argv[2] == "sample")
+    generation = Generation(
+        Workload.model_validate_json(sys.argv[1]), do_sample=sys.argv[2] == "sample", static="static" in sys.argv[3:]
+    )
     turns.ready({})
     while (new_tokens := turns.wait()) is not None:
         turns.answer(generation.generate(new_tokens))

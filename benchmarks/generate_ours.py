@@ -1,4 +1,4 @@
-"""Our contestant: the sampler, as replies are streamed. `python benchmarks/generate_ours.py WORKLOAD_JSON MODE`."""
+"""Our contestant: the sampler, as replies are streamed. `generate_ours.py WORKLOAD_JSON greedy|sample WEIGHTS`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from alternate import Turns
 from train_ours import make_config
 from workload import Workload
 
-from ssl_jax import model, sampling
+from ssl_jax import config, model, sampling
 
 
 class Generation:
     """A model with random weights and a batch of random prompts."""
 
-    def __init__(self, workload: Workload, *, do_sample: bool) -> None:
+    def __init__(self, workload: Workload, *, do_sample: bool, weights: config.Weights = "auto") -> None:
         stacked = model.GPT2.from_config(make_config(workload).model, workload.vocab_size)
-        self._shape = dataclasses.replace(stacked, scan_layers=False)
+        shape = dataclasses.replace(stacked, scan_layers=False)
 
         @jax.jit
         def make() -> model.Params:
             return model.unstack(stacked, model.init(stacked, jax.random.key(0)))
 
         # As training leaves them on a CPU; an accelerator answers with parameters of its own type.
-        self._params = jax.tree.map(lambda leaf: leaf.astype(stacked.dtype), make())
+        params = jax.tree.map(lambda leaf: leaf.astype(stacked.dtype), make())
+        self._shape, self._params = model.with_weights(shape, params, weights)
         size = (workload.rows, workload.sequence_length)
         self._prompts = np.random.default_rng(0).integers(0, workload.vocab_size, size, np.int32)
         self._lengths = np.full(workload.rows, workload.sequence_length, np.int32)
@@ -61,7 +62,9 @@ class Generation:
 def main() -> None:
     """Generates as many tokens as it is told, turn after turn."""
     turns = Turns()
-    generation = Generation(Workload.model_validate_json(sys.argv[1]), do_sample=sys.argv[2] == "sample")
+    workload, mode = Workload.model_validate_json(sys.argv[1]), sys.argv[2]
+    weights: Any = sys.argv[3]
+    generation = Generation(workload, do_sample=mode == "sample", weights=weights)
     turns.ready({"parameter_bytes": generation.parameter_bytes()})
     while (new_tokens := turns.wait()) is not None:
         turns.answer(generation.generate(new_tokens))

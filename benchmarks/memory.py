@@ -15,14 +15,13 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
-from provenance import provenance
 from pydantic import Field
+from store import add_result
 from workload import Device, Size, Workload, child, has_peer, variables, workload
 
-from ssl_jax import command_line, files
+from ssl_jax import command_line
 from ssl_jax.config import Section
 from ssl_jax.errors import UserError
 
@@ -46,20 +45,21 @@ class Options(Section):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures, prints a table, writes the result."""
+    """Measures, prints a table, puts each result beside the others in the file as soon as it is there."""
     options = command_line.parse(
         Options, arguments, program="python benchmarks/memory.py", summary=(__doc__ or "").strip()
     )
     contestants = [OURS, NAIVE]
     if options.steps and has_peer():
         contestants += options.peers
-    points = []
+    settings = options.model_dump(exclude={"output", "lengths", "vocabularies", "vocabulary_length"})
     print(f"{'MB, over the baseline':<34}" + "".join(f"{name:>14}" for name in (OURS, NAIVE, PEER, "ours ÷ naive")))
     for work in workloads(options):
         measured = {contestant: measure(contestant, work, options.steps) for contestant in contestants}
-        points.append({"workload": work.model_dump(), **measured})
         print(report(work, measured), flush=True)
-    files.write_json(Path(options.output), {**provenance(), **options.model_dump(exclude={"output"}), "points": points})
+        key = f"{options.size}, {options.device}, {work.rows} × {work.sequence_length}, vocabulary {work.vocab_size}"
+        key += f", dropout {work.dropout:g}"
+        add_result(options.output, key, {**settings, "workload": work.model_dump(), **measured})
 
 
 def workloads(options: Options) -> Iterator[Workload]:

@@ -11,20 +11,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "torch",
+    "accelerate",
+    "numpy",
+)
 
 
 def provenance() -> dict[str, Any]:
     """Hardware, versions, commit and date, as JSON values.
 
-    Keys: `cpu` (model name), `cores` (usable by this process), `memory_gib`, `accelerator` (kinds and count of JAX's
-    devices, None if this process never imported JAX), `python`, `versions` (None where a package is absent), `commit`
-    and `dirty` (None outside a git checkout), `date` (UTC, ISO 8601).
+    Keys: `cpu` (model name), `cores` (usable by this process), `memory_gib`, `gpus` (name, memory and driver of each,
+    as NVIDIA's driver lists them), `accelerator` (kinds and count of JAX's devices, None if this process never imported
+    JAX), `python`, `versions` (None where a package is absent), `commit` and `dirty` (None outside a git checkout),
+    `date` (UTC, ISO 8601).
     """
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
+        "gpus": _gpus(),
         "accelerator": _accelerator(),
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
@@ -47,6 +60,16 @@ def _memory_gib() -> float | None:
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
     return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+
+
+def _gpus() -> list[str]:
+    """Asked of the driver, since what measures leaves the device to its children."""
+    command = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    try:
+        listed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.SubprocessError):
+        return []
+    return listed.stdout.splitlines()
 
 
 def _accelerator() -> dict[str, Any] | None:

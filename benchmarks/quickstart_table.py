@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from provenance import provenance
 from pydantic import Field
+from readme import markdown_table, replace_section
 
 from ssl_jax import command_line, files, metrics
 from ssl_jax.config import Section
 from ssl_jax.errors import UserError
-
-BEGIN, END = "<!-- quickstart table -->", "<!-- end of quickstart table -->"
 
 
 class Options(Section):
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
         "table": table,
     }
     files.write_json(Path(options.output), result)
-    _replace(Path(options.readme), table)
+    replace_section(Path(options.readme), "quickstart table", table)
     print(table)
 
 
@@ -109,8 +108,7 @@ def _table(runs: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]], gap:
         )
     human = runs["method"]["eval"]["human"]
     rows.append(("people", "", "", "", f"{human['distinct_2']:.3f}", "1.00", "", ""))
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+    return markdown_table(header, rows)
 
 
 def _baseline_row(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -125,15 +123,6 @@ def _baseline_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         "",
         f"{row['seconds'] / 60:.1f}",
     )
-
-
-def _replace(readme: Path, table: str) -> None:
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise UserError(f"{readme}: the markers {BEGIN} and {END} are missing")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    files.write_text(readme, f"{before}{BEGIN}\n{table}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from alternate import Player, spread, take_turns, warm_up
-from provenance import provenance
 from pydantic import Field
+from store import add_result
 from workload import Device, Size, Workload, child, variables, workload
 
-from ssl_jax import command_line, files
+from ssl_jax import command_line
 from ssl_jax.config import Section
 
 _WARM_UP_STEPS = 2
@@ -43,16 +42,16 @@ class Options(Section):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures, prints a table, writes the result."""
+    """Measures, prints a table, puts each axis beside the others in the file as soon as it is there."""
     options = command_line.parse(
         Options, arguments, program="python benchmarks/scaling.py", summary=(__doc__ or "").strip()
     )
     base = workload(options.size, options.device, dropout=options.dropout)
-    result = {}
     for axis in options.axes:
-        result[axis] = measure(points(axis, base, options), options.rounds, options.turn_seconds)
-        print(report(axis, result[axis]), flush=True)
-    files.write_json(Path(options.output), {**provenance(), **options.model_dump(exclude={"output"}), "axes": result})
+        result = measure(points(axis, base, options), options.rounds, options.turn_seconds)
+        print(report(axis, result), flush=True)
+        values = {**options.model_dump(exclude={"output", "axes"}), "axis": axis, "points": result}
+        add_result(options.output, f"{options.size}, {options.device}, {axis}", values)
 
 
 def points(axis: Axis, base: Workload, options: Options) -> dict[str, Workload]:

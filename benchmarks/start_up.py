@@ -16,14 +16,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
-from provenance import provenance
 from pydantic import Field
+from store import add_result
 from workload import Device, Size, child, has_peer, variables, workload
 
-from ssl_jax import command_line, files
+from ssl_jax import command_line
 from ssl_jax.config import Section
 from ssl_jax.errors import UserError
 
@@ -56,11 +55,9 @@ def main(arguments: Sequence[str]) -> None:
     peers = options.peers if has_peer() else ()
     seconds = measure(options, peers)
     print(report(seconds))
-    path, key = Path(options.output), f"{options.size}, {options.device}"
-    others = files.read_json(path) if path.exists() else {}
-    result = {**provenance(), **options.model_dump(exclude={"output"}), "seconds": seconds}
+    result = {**options.model_dump(exclude={"output"}), "seconds": seconds}
     result["not_measured"] = [peer for peer in options.peers if peer not in peers]
-    files.write_json(path, {**others, key: result})
+    add_result(options.output, f"{options.size}, {options.device}", result)
 
 
 def measure(options: Options, peers: Sequence[Peer]) -> dict[str, dict[Goal, list[float]]]:
@@ -76,7 +73,7 @@ def measure(options: Options, peers: Sequence[Peer]) -> dict[str, dict[Goal, lis
         if "token" in options.goals:
             start(OURS, "write", f"{described}\n{model}", environment)
         for goal in options.goals:
-            argument = {"import": "", "step": described, "token": model}[goal]
+            argument = {"import": "", "step": described, "token": f"{options.device}\n{model}"}[goal]
             for repeat in range(options.repeats):
                 # What the first process leaves in the cache the second one finds.
                 cached = {**environment, "XDG_CACHE_HOME": f"{name}/{goal}-{repeat}"}

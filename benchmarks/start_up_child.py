@@ -1,7 +1,8 @@
 """A fresh process that gets somewhere and says when: `python benchmarks/start_up_child.py CONTESTANT GOAL ARGUMENT`.
 
 Nothing is imported before the goal asks for it. Prints the time of a clock that all processes share (`time.monotonic`).
-The goals `step` and `token` need WORKLOAD_JSON and a model's directory, which the goal `write` of ours makes.
+The goal `step` needs WORKLOAD_JSON, the goal `token` two lines: the device, and a model's directory, which the goal
+`write` of ours makes.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ def ours_step(workload: str) -> None:
     Training(Workload.model_validate_json(workload)).take(1)
 
 
-def ours_token(directory: str) -> None:
-    """A model from its directory, and a reply of one token."""
+def ours_token(arguments: str) -> None:
+    """A model from its directory, and a reply of one token; JAX knows the device from the environment."""
     import ssl_jax
     from ssl_jax import compilation_cache
 
     compilation_cache.enable()
+    _, directory = arguments.split("\n")
     ssl_jax.load(directory).generate_response(PROMPT, max_new_tokens=1, top_k=50)
 
 
@@ -88,15 +90,17 @@ def huggingface_step(workload: str) -> None:
         make_trainer(Workload.model_validate_json(workload), folder, Stops()).train()
 
 
-def huggingface_token(directory: str) -> None:
+def huggingface_token(arguments: str) -> None:
     """A model from its directory, and a reply of one token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    device, directory = arguments.split("\n")
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    network = AutoModelForCausalLM.from_pretrained(directory)
+    as_on_a_gpu = {} if device == "cpu" else {"dtype": "bfloat16", "device_map": device}
+    network = AutoModelForCausalLM.from_pretrained(directory, **as_on_a_gpu)
     tokens = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    ).to(device)
     tokenizer.decode(network.generate(**tokens, max_new_tokens=1, do_sample=True, top_k=50)[0])
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/train_huggingface.py WORKLOAD_JSON [compiled]
 
-Optimizer, clipping, dropout, shapes and precision are ours; everything else is as the Trainer has it by default.
+Optimizer, clipping, dropout, shapes and precision are ours (on a GPU float32 parameters and bfloat16 arithmetic, by
+autocast); everything else is as the Trainer has it by default, but for the mask of the compiled one.
 """
 
 from __future__ import annotations
@@ -16,12 +17,25 @@ from typing import Any
 import accelerate  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
 from alternate import Turns
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    GPT2Config,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from workload import Workload
 
 from ssl_jax import config
 
 _DIALOGUES, _STEPS = 4096, 10**6
+
+# PyTorch's flash kernel takes no mask. Uncompiled, the model sees that full rows need none; while it is compiled it
+# cannot look, and makes one. For an attention that it does not know it never makes one, and causal that stays.
+UNMASKED = "sdpa_unmasked"
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 
 
 class RandomRows(torch.utils.data.Dataset):
@@ -89,12 +103,13 @@ class TakesTurns(TrainerCallback):
         control.should_training_stop = steps is None
 
 
-def make_network(workload: Workload) -> Any:
-    """A network with fresh weights."""
+def make_network(workload: Workload, attention: str = "sdpa") -> Any:
+    """A network with fresh weights and an attention of that name."""
     torch.manual_seed(0)
     shape = workload.model_dump(include={"n_layer", "n_embd", "n_head", "vocab_size", "n_positions"})
     drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), workload.dropout)
-    return GPT2LMHeadModel(GPT2Config(**shape, **drop, bos_token_id=0, eos_token_id=0))
+    settings = GPT2Config(**shape, **drop, bos_token_id=0, eos_token_id=0)
+    return AutoModelForCausalLM.from_config(settings, attn_implementation=attention)
 
 
 def make_trainer(workload: Workload, folder: str, callback: TrainerCallback, *, compiled: bool = False) -> KeepsLoss:
@@ -125,7 +140,8 @@ def make_trainer(workload: Workload, folder: str, callback: TrainerCallback, *, 
         report_to="none",
         disable_tqdm=True,
     )
-    return KeepsLoss(make_network(workload), arguments, train_dataset=RandomRows(workload), callbacks=[callback])
+    network = make_network(workload, UNMASKED if compiled else "sdpa")
+    return KeepsLoss(network, arguments, train_dataset=RandomRows(workload), callbacks=[callback])
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from alternate import Turns
-from workload import Workload
+from workload import Device, Workload
 
 from ssl_jax import config, objectives, plan, sharding
 from ssl_jax.data.streams import Batches
@@ -23,7 +23,9 @@ from ssl_jax.signals import Signals
 
 _STEPS = 10**6
 _DIALOGUES = 4096
-_LIMIT_SIZE, _LIMIT_REPEATS = 1024, 20
+# Large enough that starting the product does not count, small enough for a moment.
+_LIMIT_SIZE: dict[Device, int] = {"cpu": 1024, "cuda": 8192}
+_LIMIT_REPEATS = 20
 
 
 class RandomDialogues:
@@ -55,6 +57,7 @@ class Training:
 
     def __init__(self, workload: Workload) -> None:
         prepared: Any = RandomDialogues(workload)
+        self._device: Device = workload.device
         self.run = Run(make_config(workload), prepared, Path("unused"), Signals())
         self.key = jax.device_put(jax.random.key(0), sharding.replicated(self.run.mesh))
         streams = {**self.run.streams, "pseudo": self.run.streams["labeled"]}
@@ -91,30 +94,31 @@ class Training:
         return {"seconds": seconds, "data_seconds": waited, "loss": float(late["loss"])}
 
     def describe(self) -> dict[str, Any]:
-        """`parameters`, `flops_per_token`, `device` and its `peak_flops`, with where that number `peak_from`."""
+        """`parameters`, `flops_per_token`, `dtype`, `attention`, `device` and its `peak_flops`, with its origin."""
         shape, kind = self.run.shape, jax.devices()[0].device_kind
-        known = plan.device_peak_flops(kind)
+        known, size = plan.device_peak_flops(kind), _LIMIT_SIZE[self._device]
         return {
             "parameters": plan.parameter_count(shape),
             "flops_per_token": plan.flops_per_token(shape, self.run.config.train.sequence_length),
             "dtype": str(shape.dtype),
+            "attention": shape.attn_implementation,
             "device": kind,
-            "peak_flops": known or matmul_flops(shape.dtype),
-            "peak_from": "data sheet" if known else f"measured product of {_LIMIT_SIZE} × {_LIMIT_SIZE} matrices",
+            "peak_flops": known or matmul_flops(shape.dtype, size),
+            "peak_from": "data sheet" if known else f"measured product of {size} × {size} matrices",
         }
 
 
-def matmul_flops(dtype: Any) -> float:
-    """The best of a few large matrix products, FLOP/s: what this device gives to whom it gives most."""
+def matmul_flops(dtype: Any, size: int) -> float:
+    """The best of a few products of large square matrices, FLOP/s: what this device gives to whom it gives most."""
     multiply = jax.jit(jnp.matmul)
-    matrix = jnp.ones((_LIMIT_SIZE, _LIMIT_SIZE), dtype)
+    matrix = jnp.ones((size, size), dtype)
     multiply(matrix, matrix).block_until_ready()
     seconds = []
     for _ in range(_LIMIT_REPEATS):
         started = time.perf_counter()
         multiply(matrix, matrix).block_until_ready()
         seconds.append(time.perf_counter() - started)
-    return 2 * _LIMIT_SIZE**3 / min(seconds)
+    return 2 * size**3 / min(seconds)
 
 
 def make_config(workload: Workload) -> config.Config:

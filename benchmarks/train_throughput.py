@@ -1,12 +1,14 @@
 """Training speed: a run's own steps against Hugging Face's `Trainer` with `GPT2LMHeadModel` in PyTorch.
 
     python benchmarks/train_throughput.py --size quickstart
-    python benchmarks/train_throughput.py --size gpt2 --device cuda --peers huggingface huggingface-compiled
+    python benchmarks/train_throughput.py --size gpt2 --device cuda --dropout 0 --peers huggingface-compiled
 
 Model, batch, precision, optimizer, clipping and dropout are the same, every row is full, and each works in a process of
-its own, in turn. Both compute with all cores. The peer's attention is PyTorch's fused one (`sdpa`, on a GPU in bfloat16
-the flash kernel), which is the default of its model. Model FLOP/s are tokens/s × (6 N + 6 L D T), N parameters with one
-vocabulary, causal attention counted; MFU is their share of the device's peak. Without PyTorch ours is measured alone.
+its own, in turn, or, with `--together False`, one after the other, where a GPU's memory does not hold them all. Both
+compute with all cores. The peer's attention is PyTorch's fused one (`sdpa`, on a GPU in bfloat16 the flash kernel),
+which is the default of its model; `huggingface-compiled` is it under `torch.compile`. Model FLOP/s are tokens/s × (6 N
++ 6 L D T), N parameters with one vocabulary, causal attention counted; MFU is their share of the device's peak. Without
+PyTorch ours is measured alone.
 """
 
 from __future__ import annotations
@@ -14,15 +16,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from alternate import Player, spread, take_turns, warm_up
-from provenance import provenance
 from pydantic import Field
+from store import add_result
 from workload import Device, Size, Workload, child, has_peer, variables, workload
 
-from ssl_jax import command_line, files
+from ssl_jax import command_line
 from ssl_jax.config import Section
 
 OURS = "ssl_jax"
@@ -40,6 +41,9 @@ class Options(Section):
     rows: int | None = Field(default=None, ge=1, description="Rows of a batch; absent: the size's.")
     sequence_length: int | None = Field(default=None, ge=8, description="Tokens per row; absent: the size's.")
     peers: tuple[Peer, ...] = Field(default=("huggingface",), description="Whom to compare with.")
+    together: bool = Field(
+        default=True, description="Whether they take turns; if not, each takes all of its turns before the next starts."
+    )
     rounds: int = Field(default=9, ge=1, description="Turns of each.")
     turn_seconds: float = Field(default=3.0, gt=0, description="How long the slowest one's turn takes, about.")
     output: str = Field(
@@ -60,20 +64,20 @@ def main(arguments: Sequence[str]) -> None:
         sequence_length=options.sequence_length,
     )
     peers = options.peers if has_peer() else ()
-    result = measure(work, peers, rounds=options.rounds, turn_seconds=options.turn_seconds)
+    result = measure(work, peers, together=options.together, rounds=options.rounds, turn_seconds=options.turn_seconds)
     result["not_measured"] = [peer for peer in options.peers if peer not in peers]
     print(report(result))
     key = f"{options.size}, {options.device}, {work.rows} × {work.sequence_length}, dropout {options.dropout:g}"
-    path = Path(options.output)
-    others = files.read_json(path) if path.exists() else {}
-    files.write_json(path, {**others, key: {**provenance(), **options.model_dump(exclude={"output"}), **result}})
+    add_result(options.output, key, {**options.model_dump(exclude={"output"}), **result})
 
 
-def measure(work: Workload, peers: Sequence[Peer], *, rounds: int, turn_seconds: float) -> dict[str, Any]:
-    """Lets everyone train in turn.
+def measure(
+    work: Workload, peers: Sequence[Peer], *, together: bool, rounds: int, turn_seconds: float
+) -> dict[str, Any]:
+    """Lets everyone train, in turn if `together`.
 
     Returns:
-      `workload`; `contestants` by name as they describe themselves; `steps_per_turn`; `tokens_per_sec` by name, of
+      `workload`; `contestants` by name as they describe themselves; `steps_per_turn` and `tokens_per_sec` by name, of
       every round; of their medians `model_flops` and `mfu`; `ratio` by peer, the spread over the rounds of our rate ÷
       its; `last_loss` by name; `data_share`, of our time, in which the step waited for data; and by name
       `asleep_cpu_share`, CPU seconds that it used while it was another one's turn ÷ seconds of its own turns.
@@ -84,14 +88,19 @@ def measure(work: Workload, peers: Sequence[Peer], *, rounds: int, turn_seconds:
         "huggingface": child("train_huggingface.py", described),
         "huggingface-compiled": child("train_huggingface.py", described, "compiled"),
     }
-    with contextlib.ExitStack() as stack:
-        players = [stack.enter_context(Player(name, commands[name], environment)) for name in (OURS, *peers)]
-        slowest = max(warm_up(players, _WARM_UP_STEPS).values())
-        steps = math.ceil(turn_seconds / slowest)
-        turns = take_turns(players, {player.name: steps for player in players}, rounds)
-        contestants = {player.name: player.description for player in players}
+    names: tuple[str, ...] = (OURS, *peers)
+    contestants: dict[str, dict[str, Any]] = {}
+    steps: dict[str, int] = {}
+    turns: dict[str, list[dict[str, Any]]] = {}
+    for group in [names] if together else [(name,) for name in names]:
+        with contextlib.ExitStack() as stack:
+            players = [stack.enter_context(Player(name, commands[name], environment)) for name in group]
+            slowest = max(warm_up(players, _WARM_UP_STEPS).values())
+            steps |= dict.fromkeys(group, math.ceil(turn_seconds / slowest))
+            turns |= take_turns(players, steps, rounds)
+            contestants |= {player.name: player.description for player in players}
     ours = contestants[OURS]
-    rates = {name: [steps * work.tokens / turn["seconds"] for turn in taken] for name, taken in turns.items()}
+    rates = {name: [steps[name] * work.tokens / turn["seconds"] for turn in taken] for name, taken in turns.items()}
     flops = {name: spread(values)["median"] * ours["flops_per_token"] for name, values in rates.items()}
     return {
         "workload": work.model_dump(),

@@ -94,8 +94,9 @@ def variables(device: Device) -> dict[str, str]:
     return {
         "PYTHONPATH": path,
         "JAX_PLATFORMS": device,
-        # Two frameworks share the GPU, so JAX must not reserve three quarters of it.
+        # Several processes share a GPU: each takes what it needs, as much as there is.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

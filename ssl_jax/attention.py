@@ -5,6 +5,7 @@ Axes: B rows, H heads, T query time, S key time, K head width.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -17,6 +18,8 @@ Implementation = Literal["einsum", "cudnn"]
 NEGATIVE = -1e30  # a finite "minus infinity": a row of padding keeps a finite softmax
 # Small blocks multiply fewer keys in vain; many of them take long to compile.
 SMALLEST_BLOCK, MOST_BLOCKS = 64, 8
+# Bytes of scores above which a CPU goes through the rows one by one.
+LARGE = 2**25
 
 
 def segment_mask(segment_ids_BT: jax.Array, first: int = 0, stop: int | None = None) -> jax.Array:
@@ -61,6 +64,26 @@ def attend_causally(
     """
     if implementation == "cudnn":
         return _attend_fused(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, scale)
+    in_blocks = functools.partial(_attend_in_blocks, scale=scale, upcast=upcast, dropout_rate=dropout_rate)
+    rows, heads, length, _ = query_BHTK.shape
+    is_large = 4 * rows * heads * length**2 > LARGE and rows > 1
+    if not is_large or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return in_blocks(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, dropout_key)
+
+    # XLA on CPU merges a recomputation with what it repeats, which keeps all scores after all; but not across loops.
+    @jax.checkpoint
+    def attend_row(row):
+        number, query, key, value, segment_ids = jax.tree.map(lambda array: array[None], row)
+        key_of_row = None if dropout_key is None else jax.random.fold_in(dropout_key, number[0])
+        return in_blocks(query, key, value, segment_ids, key_of_row)[0]
+
+    return jax.lax.map(attend_row, (jnp.arange(rows), query_BHTK, key_BHTK, value_BHTK, segment_ids_BT))
+
+
+def _attend_in_blocks(
+    query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, dropout_key, *, scale, upcast, dropout_rate
+) -> jax.Array:
+    """`attend_causally` by `attend`, a block of queries at a time."""
     rows, heads, length, _ = query_BHTK.shape
 
     def attend_block(query_BHTK, key_BHSK, value_BHSK, segment_ids_BS, scale, key):

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ssl_jax import files
 from ssl_jax.errors import UserError
 
 PyTree = Any
@@ -321,24 +322,16 @@ def _describe(leaf: Any) -> str:
 
 def _write_manifest(folder: Path, body: dict[str, Any]) -> None:
     """Makes the step's files durable, then the manifest that declares them, in this order."""
-    files = {}
+    declared = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        files.sync(path)
         with path.open("rb") as stream:
-            os.fsync(stream.fileno())
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    temporary = folder / f"{MANIFEST}.tmp"
-    with temporary.open("wb") as stream:
-        stream.write(_encode({**body, "files": files}))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(folder / MANIFEST)
-    for directory in (folder, folder.parent):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        declared[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    with files.replacing(folder / MANIFEST) as stream:
+        stream.write(_encode({**body, "files": declared}))
+    files.sync(folder)
+    files.sync(folder.parent)
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:

@@ -12,17 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssl_jax import beam_search, config, model, sampling, sharding, step
+from ssl_jax import config, model, sampling, sharding, step
 from ssl_jax.conversation import Messages, as_labeled, as_prompt
 from ssl_jax.data.packing import assemble, cut_windows, pack, stack
 from ssl_jax.data.tokenizer import DialogueTokenizer, EncodedDialogue, Prompt
 from ssl_jax.dialogue import Dialogue
+from ssl_jax.drawing import SMALLEST_PROMPT_BUCKET, Drawer
 from ssl_jax.errors import UserError
 from ssl_jax.replies import Reply, ReplyReader, sampler_options
-
-SMALLEST_PROMPT_BUCKET = 16
-# Tokens drawn between two looks at the text, where strings may end a reply.
-STOP_CHUNK = 8
 
 _log = logging.getLogger(__name__)
 
@@ -96,11 +93,8 @@ class DialogueModel:
         limit = self.prompt_limit(settings)
         (encoded,) = self._encode_prompts([as_prompt(prompt)], settings, limit, reply_prefix)
         _warn_of_dropped(encoded)
-        options_ = self._options([encoded], settings, 1, ())
-        bucket = _bucket(len(encoded.tokens), limit)
-        growing = self._grow(options_, self._batch([encoded], [0], bucket), seed, 1)
-        rows = ((drawn.tokens[0, : drawn.lengths[0]], bool(done[0])) for drawn, done in growing)
-        return self._reader(settings, reply_prefix).stream(rows)
+        drawer = self._drawer(self._options([encoded], settings, 1, ()), seed, limit)
+        return self._reader(settings, reply_prefix).stream(drawer.grow(encoded.tokens))
 
     def score(self, messages: Messages) -> dict[str, float]:
         """How well the model predicts the assistant's turns of a conversation.
@@ -130,10 +124,9 @@ class DialogueModel:
         logits_processor: Sequence[sampling.Processor] = (),
         between: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:
-        """Draws replies to many prompts, batch by batch.
+        """Draws replies to many prompts; a reply that is complete makes room for the next one (`drawing`).
 
-        Prompt lengths and batch sizes are rounded up to powers of two, so that few shapes are compiled. A reply
-        depends on its prompt, its number and the seed, not on the batch it is drawn in.
+        A reply depends on its prompt, its number and the seed, not on the batch it is drawn in.
 
         Args:
           prompts: dialogues that end in a turn of the user.
@@ -144,7 +137,7 @@ class DialogueModel:
           max_prompt_tokens: longest context; the newest turns are kept, and `Reply` says how much was dropped.
           reply_prefix: how every reply begins.
           logits_processor: as in `generate_response`.
-          between: called with the number of prompts done after every batch.
+          between: called with the number of prompts done, each time that some rows are, and at the end.
 
         Raises:
           UserError: the model's context or `max_length` leaves no room for a prompt or for a reply to it.
@@ -154,27 +147,18 @@ class DialogueModel:
         encoded = self._encode_prompts(prompts, settings, limit, reply_prefix)
         options = self._options(encoded, settings, num_return_sequences, logits_processor)
         reader = self._reader(settings, reply_prefix)
-        replies: list[list[Reply]] = [[] for _ in prompts]
+        is_over = (lambda tokens: reader.find_stop(tokens) is not None) if reader.stop else None
+        drawer = self._drawer(options, seed, limit)
+        replies: list[dict[int, Reply]] = [{} for _ in prompts]
         done = 0
-        rows_per_prompt = max(num_return_sequences, settings.num_beams)
-        for bucket, members in _buckets(encoded, max(1, batch_size // rows_per_prompt), limit):
-            batch = self._batch([encoded[i] for i in members], members, bucket)
-            drawn = self._draw_batch(options, batch, seed, reader)
-            for place, index in enumerate(members):
-                first = place * num_return_sequences
-                replies[index] = [
-                    reader.read(
-                        drawn.tokens[row, : drawn.lengths[row]],
-                        drawn.logprobs[row],
-                        bool(drawn.stopped[row]),
-                        encoded[index],
-                    )
-                    for row in range(first, first + num_return_sequences)
-                ]
-            done += len(members)
+        for progress in drawer.draw([prompt.tokens for prompt in encoded], batch_size, is_over):
+            for one in progress.replies:
+                drawn = replies[one.prompt]
+                drawn[one.reply] = reader.read(one.tokens, one.logprobs, one.stopped, encoded[one.prompt])
+                done += len(drawn) == num_return_sequences
             if between is not None:
                 between(done)
-        return replies
+        return [[drawn[number] for number in range(num_return_sequences)] for drawn in replies]
 
     def prompt_limit(self, settings: config.Sampling) -> int:
         """Tokens of the longest context that leaves room for a reply; of a longer one the newest tokens are read.
@@ -272,83 +256,21 @@ class DialogueModel:
     def _reader(self, settings: config.Sampling, reply_prefix: str) -> ReplyReader:
         return ReplyReader(self.tokenizer, settings.stop, tuple(self.tokenizer.encode_text(reply_prefix).tolist()))
 
-    def _batch(self, prompts: Sequence[Prompt], numbers: Sequence[int], bucket: int) -> dict[str, np.ndarray]:
-        """Prompts and their numbers as arrays, padded to a power of two of places."""
-        places = _power_of_two(max(len(prompts), 1 if self.mesh is None else sharding.row_shards(self.mesh)))
-        tokens = np.zeros((places, bucket), np.int32)
-        lengths = np.zeros(places, np.int32)
-        ids = np.zeros(places, np.int32)
-        for place, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
-            tokens[place, : len(prompt.tokens)] = prompt.tokens
-            lengths[place] = len(prompt.tokens)
-            ids[place] = number
-        return {"tokens": tokens, "lengths": lengths, "ids": ids}
+    def _drawer(self, options: sampling.Options, seed: int, limit: int) -> Drawer:
+        shape = dataclasses.replace(self.shape, scan_layers=False)
+        return Drawer(shape, self._layers, options, seed, limit, self.mesh)
 
-    def _draw_batch(
-        self, options: sampling.Options, batch: dict[str, np.ndarray], seed: int, reader: ReplyReader
-    ) -> sampling.Replies:
-        if options.num_beams > 1:
-            drawn = _search(self.shape, options, self.params, self._place(batch))
-            return sampling.Replies(*(np.asarray(array) for array in drawn))
-        if not reader.stop:
-            drawn = _sample(self.shape, options, self.params, self._place(batch), np.int32(seed % 2**31))
-            return sampling.Replies(*(np.asarray(array) for array in drawn))
-        for drawn, done in self._grow(options, batch, seed, STOP_CHUNK):
-            growing = np.flatnonzero(~done)
-            if all(reader.find_stop(drawn.tokens[row, : drawn.lengths[row]]) is not None for row in growing):
-                return drawn
-        raise AssertionError("the last replies that grow are complete")
-
-    def _grow(
-        self, options: sampling.Options, batch: dict[str, np.ndarray], seed: int, chunk: int
-    ) -> Iterator[tuple[sampling.Replies, np.ndarray]]:
-        """The replies after every `chunk` tokens, and which of them are complete, bool `[B]`; ends when all are."""
-        # Blocks are taken apart once, not again for every piece of the reply.
-        shape, params = dataclasses.replace(self.shape, scan_layers=False), _unstack(self.shape, self.params)
-        state = _start(shape, options, params, self._place(batch), np.int32(seed % 2**31))
-        while True:
-            done = np.asarray(state.done_B)
-            yield sampling.Replies(*(np.asarray(array) for array in sampling.replies(state))), done
-            if done.all():
-                return
-            state = _advance(shape, options, params, state, np.int32(chunk))
+    @functools.cached_property
+    def _layers(self) -> model.Params:
+        """The parameters as drawing reads them, taken apart once."""
+        return _unstack(self.shape, self.params)
 
     def _place(self, batch):
         return batch if self.mesh is None else sharding.put_batch(batch, self.mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sample(shape, options, params, batch, seed):
-    keys = _row_keys(options, batch, seed)
-    return sampling.sample(shape, options, params, batch["tokens"], batch["lengths"], keys)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(shape, options, params, batch, seed):
-    keys = _row_keys(options, batch, seed)
-    return sampling.start(shape, options, params, batch["tokens"], batch["lengths"], keys)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _search(shape, options, params, batch):
-    return beam_search.search(shape, options, params, batch["tokens"], batch["lengths"])
-
-
-# The cache, by far the largest part of the state, is updated in place.
-_advance = jax.jit(sampling.advance, static_argnums=(0, 1), donate_argnums=3)
 _unstack = jax.jit(model.unstack, static_argnums=0)
 _score = jax.jit(step.score, static_argnums=0)
-
-
-def _row_keys(options, batch, seed):
-    """A key for every row: of a reply's prompt, its number among the replies to that prompt, and the seed."""
-
-    def row_key(number, reply):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), reply)
-
-    numbers = jax.numpy.repeat(batch["ids"], options.num_return_sequences)
-    replies = jax.numpy.tile(jax.numpy.arange(options.num_return_sequences), batch["ids"].shape[0])
-    return jax.vmap(row_key)(numbers, replies)
 
 
 def _sampling(options: dict[str, Any], caller: str) -> config.Sampling:
@@ -367,22 +289,3 @@ def describe_dropped(turns: int, tokens: int) -> str:
     whole = f"the oldest {turns} turns" if turns != 1 else "the oldest turn"
     what = f"{whole} ({tokens} tokens) were" if turns else f"the beginning of a turn ({tokens} tokens) was"
     return f"the conversation is longer than the context: {what} left out"
-
-
-def _buckets(prompts: Sequence[Prompt], batch: int, limit: int) -> Iterator[tuple[int, list[int]]]:
-    """Groups prompts of like length: `(places, indices)` with at most `batch` prompts each."""
-    groups: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(_bucket(len(prompt.tokens), limit), []).append(index)
-    for bucket in sorted(groups):
-        members = groups[bucket]
-        for first in range(0, len(members), batch):
-            yield bucket, members[first : first + batch]
-
-
-def _bucket(length: int, limit: int) -> int:
-    return min(max(SMALLEST_PROMPT_BUCKET, _power_of_two(length)), limit)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()

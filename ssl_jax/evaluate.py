@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     result = {
         "split": command.data or f"labeled_{command.split}",
         "model": command.model or command.workdir,
-        "weights": command.weights,
+        **({} if command.weights == "auto" else {"weights": command.weights}),
         **evaluation.full(
             model,
             list(model.tokenizer.encode_all(dialogues)),

@@ -1,4 +1,4 @@
-"""Small files that are replaced as a whole: a reader sees the old content or the new, never half of it."""
+"""Files that are replaced as a whole: a reader sees the old content or the new, never half of it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb", _BUFFER_BYTES) as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+        sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Returns when what is in a file, or which names are in a folder, outlives a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def partial_path(path: Path) -> Path:

@@ -5,7 +5,6 @@ What transformers calls a model is known here and in `gpt2_tensors`; neither tra
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -304,7 +303,7 @@ def write(
     check_output(directory, overwrite=overwrite)
     # The parent of a link's target is where a rename works.
     target = directory.resolve()
-    staged = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    staged = files.partial_path(target)
     try:
         staged.mkdir(parents=True)
         _write_weights(staged, shape, params, dtype, max_shard_bytes)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ssl_jax import files
 from ssl_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -180,12 +181,8 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
         json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n" for line in kept
     )
     if rewritten != content:
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as stream:
+        with files.replacing(path) as stream:
             stream.write(rewritten)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(path)
     return kept
 
 

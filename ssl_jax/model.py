@@ -109,7 +109,8 @@ class GPT2:
             "n_inner": config.n_inner or 4 * config.n_embd,
             "dtype": jnp.dtype(dtype),
             "param_dtype": jnp.dtype(config.param_dtype),
-            "scan_unroll": config.scan_unroll or (config.n_layer if backend == "cpu" else 1),
+            # Without a loop XLA on CPU is faster, but would keep what recomputation is meant to save.
+            "scan_unroll": config.scan_unroll or (config.n_layer if backend == "cpu" and config.remat == "none" else 1),
             "attn_implementation": implementation,
         }
         return cls(**values)
@@ -150,8 +151,11 @@ def forward(
     return hidden_BTD
 
 
-def output_embedding(params: Params, dtype: Any) -> jax.Array | products.Int8:
-    """The `[V, D]` matrix that turns hidden states into logits: the untied head, or else the token embedding."""
+def output_embedding(params: Params, dtype: Any) -> Any:
+    """The `[V, D]` matrix that turns hidden states into logits: the untied head, or else the token embedding.
+
+    An array of the given type, or a `products.Int8`.
+    """
     embedding = params.get("lm_head", params["wte"])["embedding"]
     return embedding if isinstance(embedding, products.Int8) else embedding.astype(dtype)
 

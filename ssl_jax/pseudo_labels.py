@@ -241,6 +241,8 @@ def _write(directory: Path, accepted: Sequence[Candidate], summary: dict[str, An
             }
             writer.write(json.dumps(row, ensure_ascii=False).encode())
         writer.close()
+        files.sync(path)
         hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     files.write_json(temporary / "summary.json", {**summary, "sha256": hashes})
+    files.sync(temporary)
     temporary.rename(directory)

@@ -1,15 +1,21 @@
 """Drawing replies from a model: prefill, then one compiled loop with a key-value cache that ends early.
 
 `sample` draws whole replies. `start` and `advance` are its two halves, for callers that look at the replies along the
-way: to show them as they grow, or to end them at a text. Both ways give the same replies.
+way: to show them as they grow, or to end them at a text. `refill` puts new prompts into rows that are done, so that no
+row waits for the longest reply (continuous batching, Yu et al. 2022). All ways give the same replies.
+
+The cache is a ring: step t writes slot t mod S of every row, one slice update in place, and the text of every row ends
+at the newest slot, whenever its prompt was read. A row has at most P tokens of prompt and writes fewer than M new ones,
+so nothing that it still sees is written over.
 
 Axes: N prompts, R replies per prompt, B = N × R rows, P prompt places, M new tokens, S = P + M cache slots,
-V padded vocabulary.
+V padded vocabulary, H heads, K head width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
@@ -123,31 +129,29 @@ class State(NamedTuple):
     """Replies under way: arrays only, so that a caller's jit may donate them and the cache is updated in place.
 
     Attributes:
-      number: int32 scalar, tokens drawn so far for every row that is not done.
+      step: int32 scalar, steps of decoding so far; the next one writes cache slot `step` mod S.
+      number_B: int32, tokens drawn so far, the end token counted.
       done_B: bool; rows that take no more tokens. All of them: the replies are complete. A caller that has read enough
         of a row sets it here, with `_replace`, and the row costs no more steps.
       last_B: int32, the tokens drawn last.
       tokens_BM: as in `Replies`, so far.
-      lengths_B: as in `Replies`, so far.
       logprobs_BM: as in `Replies`, so far.
       stopped_B: as in `Replies`, so far.
       prompt_lengths_B: int32.
       keys_B: PRNG keys.
-      visible_BS: bool; cache slots that hold a row's prompt or its new tokens.
-      cache: keys and values of the prompts in slots 0 to P, of new token t in slot P + t.
+      cache: keys and values; a row's text but its last token lies in the slots before the next one.
       sequences_BS: int32, each row's prompt followed at once by its new tokens; None where no option reads it.
     """
 
-    number: jax.Array
+    step: jax.Array
+    number_B: jax.Array
     done_B: jax.Array
     last_B: jax.Array
     tokens_BM: jax.Array
-    lengths_B: jax.Array
     logprobs_BM: jax.Array
     stopped_B: jax.Array
     prompt_lengths_B: jax.Array
     keys_B: jax.Array
-    visible_BS: jax.Array
     cache: model.Cache
     sequences_BS: jax.Array | None
 
@@ -186,65 +190,98 @@ def start(
     Raises:
       ValueError: the options ask for beams.
     """
-    if options.num_beams > 1:
-        raise ValueError(f"num_beams {options.num_beams}: sampling has no beams; see beam_search.search")
-    repeats, new_tokens = options.num_return_sequences, options.max_new_tokens
-    slots = prompts_NP.shape[1] + new_tokens
-    layers = model.unstack(shape, params)
-
-    hidden_NPD, cache = model.prefill(shape, layers, prompts_NP, slots)
-    last_N = jnp.maximum(prompt_lengths_N - 1, 0)
-    hidden_ND = jnp.take_along_axis(hidden_NPD, last_N[:, None, None], axis=1)[:, 0]
-    lengths_B = jnp.repeat(prompt_lengths_N, repeats)
-    sequences_BS = None
-    if options.reads_sequences:
-        sequences_BS = jnp.repeat(jnp.pad(prompts_NP, ((0, 0), (0, new_tokens))), repeats, axis=0)
-    rows = lengths_B.shape[0]
-    state = State(
-        number=jnp.int32(0),
-        done_B=(lengths_B == 0) | (logits_processors.new_token_limits(options, lengths_B) == 0),
-        last_B=jnp.zeros(rows, jnp.int32),
-        tokens_BM=jnp.zeros((rows, new_tokens), jnp.int32),
-        lengths_B=jnp.zeros(rows, jnp.int32),
-        logprobs_BM=jnp.zeros((rows, new_tokens), jnp.float32),
-        stopped_B=jnp.zeros(rows, bool),
-        prompt_lengths_B=lengths_B,
-        keys_B=keys_B,
-        visible_BS=jnp.arange(slots)[None, :] < lengths_B[:, None],
-        cache=jax.tree.map(lambda leaf: jnp.repeat(leaf, repeats, axis=0), cache),
-        sequences_BS=sequences_BS,
-    )
-    hidden_BD = jnp.repeat(hidden_ND, repeats, axis=0)
-    return _append(shape, options, layers, hidden_BD, state)
+    slots = prompts_NP.shape[1] + options.max_new_tokens
+    return _read(shape, options, params, prompts_NP, prompt_lengths_N, keys_B, slots, jnp.int32(0))
 
 
-def advance(shape: model.GPT2, options: Options, params: model.Params, state: State, steps: jax.Array | int) -> State:
-    """Draws at most `steps` more tokens per row, fewer where all rows are done before.
+def empty(shape: model.GPT2, options: Options, params: model.Params, rows: int, places: int) -> State:
+    """A state without prompts, all rows done, for `refill` to put prompts of up to `places` tokens into."""
+    prompts = rows // options.num_return_sequences
+    keys_B = jax.random.split(jax.random.key(0), rows)
+    prompts_NP, lengths_N = jnp.zeros((prompts, places), jnp.int32), jnp.zeros(prompts, jnp.int32)
+    abstract = jax.eval_shape(functools.partial(start, shape, options), params, prompts_NP, lengths_N, keys_B)
+    # There are no zeros of the type of keys.
+    zeros: State = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract._replace(keys_B=abstract.step))
+    return zeros._replace(keys_B=keys_B, done_B=jnp.ones(rows, bool))
+
+
+def refill(
+    shape: model.GPT2,
+    options: Options,
+    params: model.Params,
+    state: State,
+    rows_B: jax.Array,
+    prompts_NP: jax.Array,
+    prompt_lengths_N: jax.Array,
+    keys_B: jax.Array,
+) -> tuple[State, Replies]:
+    """Puts new prompts into rows of a state and draws the first token of each of their replies.
+
+    A row replies as it would in a batch of its own. B is here the number of rows that are filled, N × R; the state has
+    more.
+
+    Args:
+      shape: the model.
+      options: those that the state was started with.
+      params: parameters of the model.
+      state: from `start`, `empty`, `advance` or `refill`.
+      rows_B: int32, where each reply goes, no number twice; those beyond the state's rows are dropped.
+      prompts_NP: int32, right-padded; no longer than the prompts that the state was made for.
+      prompt_lengths_N: int32.
+      keys_B: as of `start`.
+
+    Returns:
+      The state, and what had been drawn in the rows before.
+
+    Raises:
+      ValueError: the ring has no room for prompts of P places.
+    """
+    slots = _slots(state)
+    if prompts_NP.shape[1] + options.max_new_tokens > slots:
+        raise ValueError(f"{prompts_NP.shape[1]} places of a prompt do not fit into {slots} slots")
+    before = jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=0, mode="clip"), replies(state))
+    fresh = _read(shape, options, params, prompts_NP, prompt_lengths_N, keys_B, slots, state.step)
+
+    def put(old, new):
+        return new if old.ndim == 0 else old.at[rows_B].set(new, mode="drop", unique_indices=True)
+
+    return jax.tree.map(put, state, fresh), before
+
+
+def advance(
+    shape: model.GPT2,
+    options: Options,
+    params: model.Params,
+    state: State,
+    steps: jax.Array | int,
+    enough: jax.Array | int | None = None,
+) -> State:
+    """Draws at most `steps` more tokens per row, fewer where enough rows are done before.
 
     Args:
       shape: the model.
       options: those that the state was started with.
       params: parameters of the model. Stacked ones are unstacked once per call; who calls often does that before
         (`model.unstack`, with a shape whose `scan_layers` is False).
-      state: from `start` or the last `advance`.
+      state: from `start`, `refill` or the last `advance`.
       steps: int32 scalar; may be traced, so that one compiled function serves all.
+      enough: int32 scalar, may be traced; how many rows have to be done; all by default.
     """
     layers = model.unstack(shape, params)
-    end = state.number + steps
-    slots = state.visible_BS.shape[1]
-    first_slot = slots - state.tokens_BM.shape[1]
+    end, slots = state.step + steps, _slots(state)
+    enough = state.done_B.shape[0] if enough is None else enough
 
     def not_finished(state):
-        return (state.number < end) & ~jnp.all(state.done_B)
+        return (state.step < end) & (jnp.sum(state.done_B) < enough)
 
     def step(state):
-        slot = first_slot + state.number - 1
-        visible_BS = state.visible_BS | (jnp.arange(slots) == slot)[None, :]
-        positions_B = state.prompt_lengths_B + state.number - 1
+        slot = state.step % slots
         # Rows that are done read on unheard; the table of positions may end before the longest row does.
-        positions_B = jnp.minimum(positions_B, shape.n_positions - 1)
+        positions_B = jnp.minimum(state.prompt_lengths_B + state.number_B - 1, shape.n_positions - 1)
+        ages_S = (slot - jnp.arange(slots)) % slots
+        visible_BS = ages_S[None, :] <= positions_B[:, None]
         hidden_BD, cache = model.decode(shape, layers, state.last_B, positions_B, slot, visible_BS, state.cache)
-        return _append(shape, options, layers, hidden_BD, state._replace(visible_BS=visible_BS, cache=cache))
+        return _append(shape, options, layers, hidden_BD, state._replace(step=state.step + 1, cache=cache))
 
     # XLA's products drop the axis of a single row, and a carry that has it would be copied before every update.
     shapes = jax.tree.map(jnp.shape, state.cache)
@@ -256,29 +293,81 @@ def advance(shape: model.GPT2, options: Options, params: model.Params, state: St
 
 def replies(state: State) -> Replies:
     """What has been drawn so far; of rows that are not done the beginning."""
-    return Replies(state.tokens_BM, state.lengths_B, state.logprobs_BM, state.stopped_B)
+    lengths_B = state.number_B - state.stopped_B
+    return Replies(state.tokens_BM, lengths_B, state.logprobs_BM, state.stopped_B)
+
+
+def _read(
+    shape: model.GPT2,
+    options: Options,
+    params: model.Params,
+    prompts_NP: jax.Array,
+    prompt_lengths_N: jax.Array,
+    keys_B: jax.Array,
+    slots: int,
+    step: jax.Array,
+) -> State:
+    """Reads prompts into rows of their own, whose text ends before slot `step` mod `slots`; draws the first tokens."""
+    if options.num_beams > 1:
+        raise ValueError(f"num_beams {options.num_beams}: sampling has no beams; see beam_search.search")
+    places, repeats, new_tokens = prompts_NP.shape[1], options.num_return_sequences, options.max_new_tokens
+    layers = model.unstack(shape, params)
+    hidden_NPD, cache = model.prefill(shape, layers, prompts_NP, places)
+    last_N = jnp.maximum(prompt_lengths_N - 1, 0)
+    hidden_ND = jnp.take_along_axis(hidden_NPD, last_N[:, None, None], axis=1)[:, 0]
+    lengths_B = jnp.repeat(prompt_lengths_N, repeats)
+    # Which token of its prompt each slot holds; beyond the prompt's end it does not matter, since nobody sees it.
+    held_BS = (jnp.arange(slots)[None] - step + lengths_B[:, None]) % slots
+
+    def turn(leaf_NHPK):
+        leaf_BHPK = jnp.repeat(leaf_NHPK, repeats, axis=0)
+        return jnp.take_along_axis(leaf_BHPK, held_BS[:, None, :, None], axis=2, mode="clip")
+
+    sequences_BS = None
+    if options.reads_sequences:
+        sequences_BS = jnp.repeat(jnp.pad(prompts_NP, ((0, 0), (0, slots - places))), repeats, axis=0)
+    rows = lengths_B.shape[0]
+    state = State(
+        step=step,
+        number_B=jnp.zeros(rows, jnp.int32),
+        done_B=(lengths_B == 0) | (logits_processors.new_token_limits(options, lengths_B) == 0),
+        last_B=jnp.zeros(rows, jnp.int32),
+        tokens_BM=jnp.zeros((rows, new_tokens), jnp.int32),
+        logprobs_BM=jnp.zeros((rows, new_tokens), jnp.float32),
+        stopped_B=jnp.zeros(rows, bool),
+        prompt_lengths_B=lengths_B,
+        keys_B=keys_B,
+        cache=jax.tree.map(turn, cache),
+        sequences_BS=sequences_BS,
+    )
+    return _append(shape, options, layers, jnp.repeat(hidden_ND, repeats, axis=0), state)
+
+
+def _slots(state: State) -> int:
+    return jax.tree.leaves(state.cache)[0].shape[-2]
 
 
 def _append(shape: model.GPT2, options: Options, layers, hidden_BD, state: State) -> State:
-    """Draws token `number` of the rows that are not done, from the hidden states of what stands before it."""
-    number, done_B = state.number, state.done_B
-    text_lengths_B = state.prompt_lengths_B + number
+    """Draws the next token of the rows that are not done, from the hidden states of what stands before it."""
+    grows_B = ~state.done_B
     tokens_B, log_probs_B = _choose(shape, options, layers, hidden_BD, state)
     ends_B = jnp.isin(tokens_B, jnp.array(options.end_ids, jnp.int32))
-    written_B = jnp.where(done_B | ends_B, 0, tokens_B)
-    scored_B = jnp.where(done_B, 0.0, log_probs_B)
+    number_B = state.number_B + grows_B
+    is_over_B = ends_B | (number_B >= logits_processors.new_token_limits(options, state.prompt_lengths_B))
+    is_next_BM = (jnp.arange(options.max_new_tokens)[None] == state.number_B[:, None]) & grows_B[:, None]
+    written_B = jnp.where(ends_B, 0, tokens_B)
     sequences_BS = state.sequences_BS
     if sequences_BS is not None:
-        is_next_BS = jnp.arange(sequences_BS.shape[1])[None, :] == text_lengths_B[:, None]
+        text_lengths_B = state.prompt_lengths_B + state.number_B
+        is_next_BS = jnp.arange(sequences_BS.shape[1])[None] == text_lengths_B[:, None]
         sequences_BS = jnp.where(is_next_BS, tokens_B[:, None], sequences_BS)
     return state._replace(
-        number=number + 1,
-        done_B=done_B | ends_B | (number + 1 >= logits_processors.new_token_limits(options, state.prompt_lengths_B)),
+        number_B=number_B,
+        done_B=state.done_B | is_over_B,
         last_B=tokens_B,
-        tokens_BM=jax.lax.dynamic_update_slice_in_dim(state.tokens_BM, written_B[:, None], number, axis=1),
-        lengths_B=state.lengths_B + ~(done_B | ends_B),
-        logprobs_BM=jax.lax.dynamic_update_slice_in_dim(state.logprobs_BM, scored_B[:, None], number, axis=1),
-        stopped_B=state.stopped_B | (ends_B & ~done_B),
+        tokens_BM=jnp.where(is_next_BM, written_B[:, None], state.tokens_BM),
+        logprobs_BM=jnp.where(is_next_BM, log_probs_B[:, None], state.logprobs_BM),
+        stopped_B=state.stopped_B | (ends_B & grows_B),
         sequences_BS=sequences_BS,
     )
 
@@ -288,11 +377,11 @@ def _choose(shape: model.GPT2, options: Options, layers, hidden_BD, state: State
     logits_BV = model.logits(shape, layers, hidden_BD)
     prompt_lengths_B = state.prompt_lengths_B
     scores_BV = logits_processors.process(
-        options, logits_BV, state.sequences_BS, prompt_lengths_B + state.number, prompt_lengths_B
+        options, logits_BV, state.sequences_BS, prompt_lengths_B + state.number_B, prompt_lengths_B
     )
     scores_BV = jnp.where(jnp.isneginf(logits_BV), -jnp.inf, scores_BV)
     if options.do_sample:
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.number)
+        keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.number_B)
         tokens_B = _draw(options, scores_BV, keys_B)
     else:
         tokens_B = jnp.argmax(scores_BV, axis=-1)

@@ -161,7 +161,7 @@ def _gradients(
             replace_key, batch["tokens"], batch["segment_ids"], settings.token_replacement, shape.vocab_size
         )
         hidden = model.forward(shape, params, tokens, batch["positions"], batch["segment_ids"], dropout_key)
-        embedding: Any = model.output_embedding(params, hidden.dtype)  # an array: no one trains 8-bit weights
+        embedding = model.output_embedding(params, hidden.dtype)
         loss, nll_BT = losses.weighted_cross_entropy(
             hidden, embedding, batch["targets"], batch["factors"], shape.vocab_size
         )

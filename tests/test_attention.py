@@ -50,6 +50,34 @@ def test_blocks_give_the_values_and_gradients_of_all_scores_at_once(length):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+def test_rows_one_by_one_give_the_same(monkeypatch):
+    arrays, ids = packed_rows(100)
+
+    def results():
+        def total(query, key, value):
+            context = attention.attend_causally(query, key, value, ids, SCALE)
+            return jnp.sum(jnp.sin(context)), context
+
+        (_, context), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*arrays)
+        return context, *gradients
+
+    together = results()
+    monkeypatch.setattr(attention, "LARGE", 0)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for found, expected in zip(results(), together, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_rows_one_by_one_draw_different_dropout(monkeypatch):
+    monkeypatch.setattr(attention, "LARGE", 0)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    zeros, ones = jnp.zeros((2, 1, 64, WIDTH)), jnp.ones((2, 1, 64, WIDTH))
+    context = attention.attend_causally(
+        zeros, zeros, ones, jnp.ones((2, 64), int), SCALE, dropout_rate=0.5, dropout_key=jax.random.key(0)
+    )
+    assert np.abs(context[0] - context[1]).max() > 0.05
+
+
 def test_the_mask_of_a_block_is_its_part_of_the_mask_of_all():
     _, ids = packed_rows(50)
     whole = attention.segment_mask(ids)

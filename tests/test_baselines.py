@@ -284,7 +284,7 @@ def test_provenance_is_json_and_complete() -> None:
     """Every promised key is there, with this interpreter's and packages' versions, and no path of the machine."""
     result = provenance()
     assert set(result) == {
-        "cpu", "cores", "memory_gib", "accelerator", "python", "versions", "commit", "dirty", "date",
+        "cpu", "cores", "memory_gib", "gpus", "accelerator", "python", "versions", "commit", "dirty", "date",
     }  # fmt: skip
     assert result["python"] == ".".join(map(str, sys.version_info[:3]))
     assert tuple(result["versions"]) == PACKAGES

@@ -7,16 +7,15 @@ import sys
 import time
 from pathlib import Path
 
+import preparing
 import pytest
+from preparing import WORDS, config, quietly
 from pydantic import ValidationError
 
-from ssl_jax.config import Config
 from ssl_jax.data import beam_runner, pieces, pipeline, shards, sources, spool
-from ssl_jax.data.pipeline import prepare
 from ssl_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "me", "with", "big", "green", "eyes", "while")
 TWO_WORKERS = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
 
 
@@ -49,19 +48,9 @@ def settings(tmp_path, monkeypatch):
     }
 
 
-def config(settings, **data):
-    return Config.model_validate({**settings, "data": {**settings["data"], **data}})
-
-
-def quietly(config):
-    return prepare(config, say=lambda line: None)
-
-
 def content(prepared):
     """All files of a prepared directory by name, and the directory's name."""
-    folder = prepared.directory
-    found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    return {**found, "name": folder.name}
+    return {**preparing.content(prepared.directory), "name": prepared.directory.name}
 
 
 @pytest.mark.beam

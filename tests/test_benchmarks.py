@@ -13,8 +13,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import memory  # noqa: E402
+import performance_table  # noqa: E402
 import scaling  # noqa: E402
 import start_up  # noqa: E402
+import store  # noqa: E402
 import train_throughput  # noqa: E402
 from alternate import Player, spread, take_turns  # noqa: E402
 from workload import workload  # noqa: E402
@@ -49,6 +51,11 @@ def run(script: Any, output: Path, *arguments: str) -> dict[str, Any]:
     """The file that a script writes."""
     script.main([*arguments, "--size", "tiny", "--output", str(output)])
     return json.loads(output.read_text())
+
+
+def renamed(written: dict[str, Any], before: str, after: str) -> dict[str, Any]:
+    """A file's content as if it were of another size or workload: the README's table has no row of the smallest."""
+    return {key.replace(before, after): value for key, value in written.items()}
 
 
 def test_contestants_take_turns_until_the_context_ends():
@@ -94,29 +101,53 @@ def test_train_throughput_alone_keeps_other_workloads_figures(tmp_path, capsys):
     assert flops == pytest.approx(sum(rates) / 2 * result["contestants"]["ssl_jax"]["flops_per_token"])
     assert 0 < result["mfu"]["ssl_jax"] < 1
     assert 0 < result["data_share"] < 1
+    del written["another workload"]
+    shown = {"train_throughput": renamed(written, "tiny, cpu, 4 × 32", "quickstart, cpu, 16 × 128")}
+    row = performance_table.training(shown, "quickstart", "cpu", 0.1, "a goal")
+    assert row[1:3] == (f"{sum(rates) / 2:,.0f} tokens/s", "not measured")
+    assert performance_table.waiting(shown)[1] == f"{result['data_share']:.2%} of the time"
     assert "ssl_jax" in capsys.readouterr().out
 
 
 def test_scaling_measures_every_point_against_the_first(tmp_path):
     options = ("--axes", "unlabeled", "--ratios", "0", "3", "--rounds", "1", "--turn-seconds", "0.01")
-    points = run(scaling, tmp_path / "scaling.json", *options)["axes"]["unlabeled"]
+    written = run(scaling, tmp_path / "scaling.json", *options)
+    points = written["tiny, cpu, unlabeled"]["points"]
     assert list(points) == ["0 to 1", "3 to 1"]
     assert len({point["flops_per_token"] for point in points.values()}) == 1
     costs = [point["ms_per_ktoken"][0] for point in points.values()]
     ratios = [point["cost_ratio"]["median"] for point in points.values()]
     assert ratios == pytest.approx([cost / costs[0] for cost in costs])
+    row = performance_table.unlabeled({"scaling": renamed(written, "tiny", "quickstart")})
+    assert row[1] == f"{costs[1]:,.0f} µs"
 
 
 def test_memory_of_our_loss_is_below_that_of_all_logits(tmp_path):
     options = ("--lengths", "64", "--rows", "32", "--vocabularies", "--steps", "0", "--dropout", "0")
-    (point,) = run(memory, tmp_path / "memory.json", *options)["points"]
+    written = run(memory, tmp_path / "memory.json", *options)
+    (point,) = written.values()
     assert point["workload"]["sequence_length"] == 64
-    assert 0 < point["ours"]["compiler_bytes"] < point["naive"]["compiler_bytes"]
+    mine, naive = (point[name]["compiler_bytes"] for name in ("ours", "naive"))
+    assert 0 < mine < naive
+    shown = renamed(written, "tiny, cpu, 32 × 64, vocabulary 512", "gpt2, cpu, 8 × 1024, vocabulary 50257")
+    assert performance_table.memory({"memory": shown}, "cpu")[3] == f"{naive / mine:.2f} ×"
 
 
 def test_start_up_of_every_column_and_goal(tmp_path):
     options = ("--peers", "--repeats", "1", "--goals", "import", "token")
-    seconds = run(start_up, tmp_path / "start_up.json", *options)["tiny, cpu"]["seconds"]
+    written = run(start_up, tmp_path / "start_up.json", *options)
+    seconds = written["tiny, cpu"]["seconds"]
     assert list(seconds) == ["cold", "warm"]
     for column in seconds.values():
         assert 0 < column["import"][0] < column["token"][0]
+    row = performance_table.start({"start_up": renamed(written, "tiny", "quickstart")}, "token", "a title", "a goal")
+    assert row[1:3] == (f"{seconds['warm']['token'][0]:.1f} s", "not measured")
+
+
+def test_versions_of_the_peers_packages_stand_beside_every_result(tmp_path):
+    for key in ("one", "other"):
+        store.add_result(str(tmp_path / "result.json"), key, {"value": key})
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert [result["value"] for result in written.values()] == ["one", "other"]
+    assert written["one"]["versions"].keys() >= {"torch", "accelerate", "jax"}
+    assert isinstance(written["one"]["gpus"], list)

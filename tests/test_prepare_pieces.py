@@ -13,18 +13,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import preparing
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from preparing import WORDS, config, quietly
 
 from ssl_jax import prepare as entry
 from ssl_jax.config import Config, Source
 from ssl_jax.data import formats, pieces, pipeline, processes, spool
-from ssl_jax.data.pipeline import prepare
 from ssl_jax.errors import UserError
-
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "me", "with", "big", "green", "eyes", "while")
 
 
 def sentence(generator):
@@ -58,21 +57,9 @@ def settings(tmp_path):
     }
 
 
-def config(settings, **data):
-    return Config.model_validate({**settings, "data": {**settings["data"], **data}})
-
-
-def quietly(config):
-    return prepare(config, say=lambda line: None)
-
-
 def content(directory):
     """All files of a prepared directory by name; what holds times of day or shard sizes of its making is left out."""
-    return {
-        str(file.relative_to(directory)): file.read_bytes()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and file.suffix != ".npz"
-    }
+    return preparing.content(directory, without=(".npz",))
 
 
 def records(prepared):

@@ -216,11 +216,11 @@ def test_chunks_of_any_sizes_give_what_one_call_gives(params, sizes, seed):
     whole = draw(params, CHUNKED, prompts, seeds=range(seed, seed + 8))
     state = start(SHAPE, CHUNKED, params, *batch(CHUNKED, prompts, seeds=range(seed, seed + 8)))
     for size in [*sizes, 14]:
-        before, number, done = on_host(sampling.replies(state)), int(state.number), np.array(state.done_B)
+        before, number, done = on_host(sampling.replies(state)), int(state.step) + 1, np.array(state.done_B)
         state = advance(SHAPE, CHUNKED, params, state, np.int32(size))
         after = on_host(sampling.replies(state))
-        assert int(state.number) <= number + size, "no more tokens than asked for"
-        assert bool(state.done_B.all()) or int(state.number) == number + size, "and no fewer"
+        assert int(state.step) + 1 <= number + size, "no more tokens than asked for"
+        assert bool(state.done_B.all()) or int(state.step) + 1 == number + size, "and no fewer"
         # What is drawn stands: complete rows do not change, the others only grow.
         for old, new in zip(before, after, strict=True):
             assert np.array_equal(new[done], old[done])
@@ -255,9 +255,9 @@ def test_rows_that_the_caller_ends_take_no_further_token(params):
     ended = np.arange(8) == longest
     assert whole.lengths[longest] > 3, "the test ends a row that would go on"
     state = advance(SHAPE, CHUNKED, params, state._replace(done_B=state.done_B | ended), np.int32(3))
-    assert int(state.number) == 6
+    assert int(state.step) + 1 == 6
     state = advance(SHAPE, CHUNKED, params, state._replace(done_B=jnp.ones(8, bool)), np.int32(14))
-    assert int(state.number) == 6, "where all rows are ended no step is taken"
+    assert int(state.step) + 1 == 6, "where all rows are ended no step is taken"
     found = on_host(sampling.replies(state))
     for row in range(6):
         kept = min(whole.lengths[row], 3 if ended[row] else 6)
@@ -267,6 +267,70 @@ def test_rows_that_the_caller_ends_take_no_further_token(params):
     cut = found.logprobs[longest]
     assert np.array_equal(cut[:3], whole.logprobs[longest, :3]) and not cut[3:].any()
     assert not found.stopped[longest]
+
+
+# Refilled -------------------------------------------------------------------------------------------------------------
+
+
+REFILLED = sampling.Options(
+    max_new_tokens=6, num_return_sequences=2, end_ids=(4, 20), temperature=0.9, top_p=0.95, max_length=12,
+    repetition_penalty=1.2, no_repeat_ngram_size=2, bad_words_ids=((7,), (8, 9)), min_new_tokens=2,
+)  # fmt: skip
+refill = jax.jit(sampling.refill, static_argnums=(0, 1), donate_argnums=3, compiler_options=FAST)
+ROWS = 6
+
+
+@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.given(strategies.data())
+def test_rows_refilled_at_any_time_reply_as_in_a_batch_of_their_own(params, data):
+    """Whatever is refilled with what and when; a place without a prompt, or a row that does not exist, holds nothing.
+
+    Prompts fill their places and replies take all of theirs, so that the ring is as full as it can be.
+    """
+    key = iter(range(data.draw(strategies.integers(0, 1000)), 10_000))
+    state = sampling.empty(SHAPE, REFILLED, params, ROWS, 8)
+    assert state.done_B.all()
+    expected: list[Any] = [None] * ROWS
+    for _ in range(data.draw(strategies.integers(1, 6))):
+        rows = data.draw(strategies.permutations(range(ROWS + 2)))[:4]
+        texts = strategies.lists(strategies.integers(0, 36), min_size=0, max_size=8)
+        prompts, seeds = [data.draw(texts) for _ in range(2)], [next(key) for _ in range(4)]
+        arguments = batch(REFILLED, prompts, seeds=seeds)
+        started = on_host(sampling.replies(state))
+        state, before = refill(SHAPE, REFILLED, params, state, np.array(rows, np.int32), *arguments)
+        alone = on_host(sample(SHAPE, REFILLED, params, *arguments))
+        for place, row in enumerate(rows):
+            if row < ROWS:
+                expected[row] = [array[place] for array in alone]
+                for old, shown in zip(started, before, strict=True):
+                    assert np.array_equal(shown[place], old[row])
+        state = advance(SHAPE, REFILLED, params, state, np.int32(data.draw(strategies.integers(0, 9))))
+    state = advance(SHAPE, REFILLED, params, state, np.int32(6))
+    assert state.done_B.all()
+    found = on_host(sampling.replies(state))
+    for row, alone in enumerate(expected):
+        tokens, length, logprobs, stopped = alone or (0, 0, 0.0, False)
+        assert (found.lengths[row], found.stopped[row]) == (length, stopped)
+        assert (found.tokens[row] == tokens).all()
+        np.testing.assert_allclose(found.logprobs[row], np.broadcast_to(logprobs, 6), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loop_stops_when_as_many_rows_are_done_as_asked_for(params):
+    arguments = batch(CHUNKED)
+    lengths = np.sort(draw(params, CHUNKED).lengths + draw(params, CHUNKED).stopped)
+    assert lengths[1] < lengths[3] < lengths[5]
+    state = start(SHAPE, CHUNKED, params, *arguments)
+    for enough in (2, 4, 6):
+        state = jax.jit(sampling.advance, static_argnums=(0, 1), compiler_options=FAST)(
+            SHAPE, CHUNKED, params, state, np.int32(14), np.int32(enough)
+        )
+        assert int(state.step) + 1 == lengths[enough - 1]
+
+
+def test_prompts_that_the_ring_has_no_room_for_are_refused(params):
+    state = sampling.empty(SHAPE, REFILLED, params, ROWS, 8)
+    with pytest.raises(ValueError, match="9 places of a prompt do not fit into 14 slots"):
+        refill(SHAPE, REFILLED, params, state, np.arange(6), *batch(REFILLED, places=9))
 
 
 # Limits and processors ------------------------------------------------------------------------------------------------
@@ -474,3 +538,14 @@ def test_the_compiled_loop_does_not_copy_the_cache(params, rows):
     cache_shapes = [",".join(map(str, shape)) for shape in (key_RHSK.shape, key_RHSK.shape[1:])]
     copies = [line for line in program.splitlines() if " copy(" in line and any(f"[{s}]" in line for s in cache_shapes)]
     assert not copies
+
+
+def test_a_refill_writes_its_rows_into_the_cache_in_place(params):
+    state = sampling.empty(SHAPE, REFILLED, params, ROWS, 8)
+    arguments = batch(REFILLED, PROMPTS[:2])
+    place = state.cache[0][0].unsafe_buffer_pointer()
+    shape = ",".join(map(str, state.cache[0][0].shape))
+    program = refill.lower(SHAPE, REFILLED, params, state, np.arange(4), *arguments).compile().as_text() or ""
+    assert not [line for line in program.splitlines() if " copy(" in line and f"[{shape}]" in line.split(" copy(")[0]]
+    state, _ = refill(SHAPE, REFILLED, params, state, np.arange(4), *arguments)
+    assert state.cache[0][0].unsafe_buffer_pointer() == place

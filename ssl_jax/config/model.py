@@ -65,7 +65,9 @@ class Model(Section):
         default=True, description="Stack the blocks' parameters and loop over them (else keep every block apart)."
     )
     scan_unroll: int | None = Field(
-        default=None, ge=1, description="Blocks compiled per turn of that loop; absent: all on a CPU, one elsewhere."
+        default=None,
+        ge=1,
+        description="Blocks compiled per turn of that loop; absent: all on a CPU without remat, else one.",
     )
     remat: Literal["none", "dots", "full"] = Field(
         default="none", description="What the backward pass recomputes: nothing, all but matrix products, whole blocks."
