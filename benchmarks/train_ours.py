@@ -130,6 +130,8 @@ def make_config(workload: Workload) -> config.Config:
             resid_pdrop=workload.dropout,
             embd_pdrop=workload.dropout,
             attn_pdrop=workload.dropout,
+            # As in configs/quickstart.yaml: blocks that lie apart need not be cut out of a stack at every step.
+            scan_layers=workload.device != "cpu",
         ),
         train=config.Train(
             steps=_STEPS,
