@@ -227,8 +227,9 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, number: signal
     shutil.rmtree(tiny.scratch() / "compiled", ignore_errors=True)
     with Child(tmp_path / "run") as child:
         child.wait_for("train: ")
-        child.process.send_signal(number)
-        time.sleep(0.2)
-        child.process.send_signal(number)
+        # Signals that come while the compiler works are seen as one when it is done; so they go on coming.
+        while child.process.poll() is None:
+            child.process.send_signal(number)
+            time.sleep(0.05)
         assert child.end() in (75, -number)
     assert not tiny.checkpoint_steps(tmp_path / "run")
