@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from alternate import Turns
-from train_ours import make_config
+from train_ours import random_model
 from workload import Workload
 
 from ssl_jax import config, model, sampling
@@ -20,16 +19,8 @@ class Generation:
     """A model with random weights and a batch of random prompts."""
 
     def __init__(self, workload: Workload, *, do_sample: bool, weights: config.Weights = "auto") -> None:
-        stacked = model.GPT2.from_config(make_config(workload).model, workload.vocab_size)
-        shape = dataclasses.replace(stacked, scan_layers=False)
-
-        @jax.jit
-        def make() -> model.Params:
-            return model.unstack(stacked, model.init(stacked, jax.random.key(0)))
-
         # As training leaves them on a CPU; an accelerator answers with parameters of its own type.
-        params = jax.tree.map(lambda leaf: leaf.astype(stacked.dtype), make())
-        self._shape, self._params = model.with_weights(shape, params, weights)
+        self._shape, self._params = model.with_weights(*random_model(workload), weights)
         size = (workload.rows, workload.sequence_length)
         self._prompts = np.random.default_rng(0).integers(0, workload.vocab_size, size, np.int32)
         self._lengths = np.full(workload.rows, workload.sequence_length, np.int32)

@@ -10,20 +10,18 @@ row-step is one that gave a token of a reply or its end; the others went to rows
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from alternate import spread
-from provenance import provenance
 from pydantic import Field
+from store import add_result
 from workload import Device, Size, Workload, workload
 
-from ssl_jax import command_line, files
+from ssl_jax import command_line
 from ssl_jax.config import Section
 
 IN_STEP, REFILLED = "in step", "refilled"
@@ -53,14 +51,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     # JAX looks for its platform once, when it is imported.
     os.environ["JAX_PLATFORMS"] = options.device
-    path = Path(options.output)
     work = workload(options.size, options.device, sequence_length=options.prompt_tokens, dropout=0.0)
     result = measure(work, options)
     print(report(result))
     replies = f"{options.prompts} × {options.num_return_sequences}"
     key = f"{options.size}, {options.device}, {replies}, batch {options.batch_size}"
-    others = files.read_json(path) if path.exists() else {}
-    files.write_json(path, {**others, key: {**provenance(), **options.model_dump(exclude={"output"}), **result}})
+    add_result(options.output, key, {**options.model_dump(exclude={"output"}), **result})
 
 
 def measure(work: Workload, options: Options) -> dict[str, Any]:
@@ -71,22 +67,13 @@ def measure(work: Workload, options: Options) -> dict[str, Any]:
       them), `steps_per_token`; `ratio` of the rates, refilled ÷ in step; `tokens` of all replies, ends counted;
       `load_average` of the machine before every round.
     """
-    import jax
-    from train_ours import make_config
+    from train_ours import random_model
 
-    from ssl_jax import model, sampling
+    from ssl_jax import sampling
     from ssl_jax.drawing import Drawer
 
-    stacked = model.GPT2.from_config(make_config(work).model, work.vocab_size)
-
-    @jax.jit
-    def make() -> model.Params:
-        return model.unstack(stacked, model.init(stacked, jax.random.key(0)))
-
-    layers = jax.tree.map(lambda leaf: leaf.astype(stacked.dtype), make())
     drawer = Drawer(
-        dataclasses.replace(stacked, scan_layers=False),
-        layers,
+        *random_model(work),
         sampling.Options(
             options.new_tokens,
             num_return_sequences=options.num_return_sequences,

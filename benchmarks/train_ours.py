@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from alternate import Turns
 from workload import Device, Workload
 
-from ssl_jax import config, objectives, plan, sharding
+from ssl_jax import config, model, objectives, plan, sharding
 from ssl_jax.data.streams import Batches
 from ssl_jax.data.tokenizer import EncodedDialogue
 from ssl_jax.loop import Run
@@ -146,6 +147,18 @@ def make_config(workload: Workload) -> config.Config:
         pseudo_labels=config.PseudoLabels(rounds=(0.5,) if ratio else ()),
         evaluation=config.Evaluation(max_prompt_tokens=8, sampling=config.Sampling(max_new_tokens=8)),
     )
+
+
+def random_model(workload: Workload) -> tuple[model.GPT2, model.Params]:
+    """A model as replies are drawn from, its blocks apart, and random weights in the type that it computes in."""
+    stacked = model.GPT2.from_config(make_config(workload).model, workload.vocab_size)
+
+    @jax.jit
+    def make() -> model.Params:
+        return model.unstack(stacked, model.init(stacked, jax.random.key(0)))
+
+    params = jax.tree.map(lambda leaf: leaf.astype(stacked.dtype), make())
+    return dataclasses.replace(stacked, scan_layers=False), params
 
 
 def main() -> None:

@@ -94,8 +94,7 @@ def write_shard(path: Path, records: Iterable[Record]) -> None:
         raise OSError(None, str(error), os.fspath(path)) from error
     finally:
         writer.close()
-    with open(partial, "rb") as stream:
-        os.fsync(stream.fileno())
+    files.sync(partial)
     partial.replace(path)
     arrays: dict[str, np.ndarray] = {name: np.array(columns[name], dtype) for name, dtype in COLUMNS.items()}
     arrays["text"] = np.array(columns["text"], np.uint64).reshape(-1, 2)
