@@ -143,7 +143,13 @@ def make_config(workload: Workload) -> config.Config:
             pseudo_label_fraction=0.5,
             labeled_only_fraction=0.0,
         ),
-        optimizer=config.Optimizer(learning_rate=rate, warmup_steps=0, lr_scheduler_type="constant", ema_decay=0.0),
+        optimizer=config.Optimizer(
+            learning_rate=rate,
+            warmup_steps=0,
+            lr_scheduler_type="constant",
+            ema_decay=0.99 if workload.taught_by_average else 0.0,
+        ),
+        distillation=config.Distillation(weight=float(workload.taught_by_average)),
         pseudo_labels=config.PseudoLabels(rounds=(0.5,) if ratio else ()),
         evaluation=config.Evaluation(max_prompt_tokens=8, sampling=config.Sampling(max_new_tokens=8)),
     )

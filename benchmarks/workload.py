@@ -30,6 +30,9 @@ class Workload(Section):
     sequence_length: int = Field(ge=8, description="Tokens per row.")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="On embeddings, attention and residual stream.")
     unlabeled_ratio: float = Field(default=0.0, ge=0, description="Unlabeled rows per labeled row; ours alone.")
+    taught_by_average: bool = Field(
+        default=False, description="The average of the student gives unlabeled rows soft labels; ours alone."
+    )
     learning_rate: float = Field(default=1e-4, gt=0, description="Constant.")
     device: Device = Field(default="cpu", description="Where to compute: float32 on cpu, bfloat16 on cuda.")
 

@@ -7,12 +7,12 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from ssl_jax import config, model, sampling, sharding, step
+from ssl_jax import config, model, mutual_information, sampling, sharding, step
 from ssl_jax.conversation import Messages, as_labeled, as_prompt
 from ssl_jax.data.packing import assemble, cut_windows, pack, stack
 from ssl_jax.data.tokenizer import DialogueTokenizer, EncodedDialogue, Prompt
@@ -22,6 +22,10 @@ from ssl_jax.errors import UserError
 from ssl_jax.replies import Reply, ReplyReader, sampler_options
 
 _log = logging.getLogger(__name__)
+
+S = TypeVar("S", bound=config.Section)
+_NO_RERANKING = config.Reranking()
+_SCORED_ROWS = 16  # of a batch on each device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,9 @@ class DialogueModel:
         seed: int = 0,
         reply_prefix: str = "",
         logits_processor: Sequence[sampling.Processor] = (),
+        candidates: int = 1,
+        prior_weight: float = 0.5,
+        backward_weight: float = 0.0,
         **options: Any,
     ) -> list[str]:
         """Replies to a prompt or to a conversation that ends in the user's turn.
@@ -62,12 +69,18 @@ class DialogueModel:
           logits_processor: functions `(scores_BV, sequences_BS, lengths_B) -> scores_BV` on the scores of the next
             token, applied inside the compiled loop; `sequences_BS` holds prompt and reply so far, `lengths_B` tokens
             of it.
+          candidates: replies drawn for every one that is given; given are the best by mutual information with the
+            prompt, the best first (`mutual_information.score`). 1: all that are drawn, in their order.
+          prior_weight: how much the score of a candidate is lowered by its likelihood without the prompt.
+          backward_weight: how much it is raised by the likelihood of what was said last, given the candidate.
           **options: fields of `config.Sampling`: max_new_tokens, do_sample, temperature, top_k, top_p, ….
 
         Raises:
-          UserError: an unknown option or a value out of bounds.
+          UserError: an unknown option, a value out of bounds, or a `backward_weight` for a model that cannot read
+            backwards.
         """
         settings = _sampling(options, "generate_response")
+        weights = {"candidates": candidates, "prior_weight": prior_weight, "backward_weight": backward_weight}
         (replies,) = self.draw(
             [as_prompt(prompt)],
             settings,
@@ -75,6 +88,7 @@ class DialogueModel:
             seed=seed,
             reply_prefix=reply_prefix,
             logits_processor=logits_processor,
+            reranking=_validate(config.Reranking, weights, "generate_response"),
         )
         _warn_of_dropped(replies[0])
         return [reply.text for reply in replies]
@@ -122,11 +136,14 @@ class DialogueModel:
         max_prompt_tokens: int | None = None,
         reply_prefix: str = "",
         logits_processor: Sequence[sampling.Processor] = (),
+        reranking: config.Reranking = _NO_RERANKING,
         between: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Reply]]:
         """Draws replies to many prompts; a reply that is complete makes room for the next one (`drawing`).
 
-        A reply depends on its prompt, its number and the seed, not on the batch it is drawn in.
+        A reply depends on its prompt, the number of the prompt, its own number and the seed, not on the batch it is
+        drawn in.
 
         Args:
           prompts: dialogues that end in a turn of the user.
@@ -137,21 +154,87 @@ class DialogueModel:
           max_prompt_tokens: longest context; the newest turns are kept, and `Reply` says how much was dropped.
           reply_prefix: how every reply begins.
           logits_processor: as in `generate_response`.
+          reranking: how many more are drawn than are given, and which are given.
           between: called with the number of prompts done, each time that some rows are, and at the end.
+          numbers: as of `draw_encoded`.
+
+        Raises:
+          UserError: the model's context or `max_length` leaves no room for a prompt or for a reply to it, or
+            candidates are asked for that cannot be drawn or scored.
+        """
+        self._check_reranking(reranking, settings)
+        limit = self.prompt_limit(settings)
+        limit = min(limit, max_prompt_tokens or limit)
+        drawn = self.draw_encoded(
+            self._encode_prompts(prompts, settings, limit, reply_prefix),
+            settings,
+            num_return_sequences=num_return_sequences * reranking.candidates,
+            seed=seed,
+            batch_size=batch_size,
+            max_prompt_tokens=limit,
+            reply_prefix=reply_prefix,
+            logits_processor=logits_processor,
+            between=between,
+            numbers=numbers,
+        )
+        if reranking.candidates == 1:
+            return drawn
+        pairs = [(prompt, one.text) for prompt, replies in zip(prompts, drawn, strict=True) for one in replies]
+        scores = mutual_information.score(
+            self,
+            pairs,
+            prior_weight=reranking.prior_weight,
+            backward_weight=reranking.backward_weight,
+            max_prompt_tokens=limit,
+            rows=_SCORED_ROWS if self.mesh is None else _SCORED_ROWS * sharding.row_shards(self.mesh),
+        ).reshape(len(drawn), -1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :num_return_sequences]
+        return [[replies[place] for place in places] for replies, places in zip(drawn, best.tolist(), strict=True)]
+
+    def draw_encoded(
+        self,
+        encoded: Sequence[Prompt],
+        settings: config.Sampling,
+        *,
+        num_return_sequences: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        max_prompt_tokens: int | None = None,
+        reply_prefix: str = "",
+        logits_processor: Sequence[sampling.Processor] = (),
+        between: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[list[Reply]]:
+        """Draws what continues prompts that are tokens already; arguments as of `draw`, but for these.
+
+        Args:
+          encoded: the prompts.
+          settings: as of `draw`.
+          num_return_sequences: as of `draw`.
+          seed: as of `draw`.
+          batch_size: as of `draw`.
+          max_prompt_tokens: no prompt is longer.
+          reply_prefix: how every reply begins; the prompts end in its tokens.
+          logits_processor: as of `draw`.
+          between: as of `draw`.
+          numbers: of each prompt, from 0, in place of its place among the prompts: many prompts that are drawn in
+            parts, with the numbers that they have among all, get what they get together.
 
         Raises:
           UserError: the model's context or `max_length` leaves no room for a prompt or for a reply to it.
+          ValueError: a prompt is longer than `max_prompt_tokens` or leaves no room for a reply.
         """
         limit = self.prompt_limit(settings)
         limit = min(limit, max_prompt_tokens or limit)
-        encoded = self._encode_prompts(prompts, settings, limit, reply_prefix)
+        if (longest := max((len(prompt.tokens) for prompt in encoded), default=0)) > limit:
+            raise ValueError(f"a prompt has {longest} tokens; there is room for {limit}")
         options = self._options(encoded, settings, num_return_sequences, logits_processor)
         reader = self._reader(settings, reply_prefix)
         is_over = (lambda tokens: reader.find_stop(tokens) is not None) if reader.stop else None
         drawer = self._drawer(options, seed, limit)
-        replies: list[dict[int, Reply]] = [{} for _ in prompts]
+        replies: list[dict[int, Reply]] = [{} for _ in encoded]
         done = 0
-        for progress in drawer.draw([prompt.tokens for prompt in encoded], batch_size, is_over):
+        for progress in drawer.draw([prompt.tokens for prompt in encoded], batch_size, is_over, numbers):
             for one in progress.replies:
                 drawn = replies[one.prompt]
                 drawn[one.reply] = reader.read(one.tokens, one.logprobs, one.stopped, encoded[one.prompt])
@@ -178,7 +261,7 @@ class DialogueModel:
         return limit
 
     def score_dialogues(
-        self, dialogues: Sequence[EncodedDialogue], *, rows: int = 16, overlap: int | None = None
+        self, dialogues: Sequence[EncodedDialogue], *, rows: int = _SCORED_ROWS, overlap: int | None = None
     ) -> np.ndarray:
         """Negative log-likelihood of every dialogue's targets, float64 `[len(dialogues)]`, nats.
 
@@ -215,6 +298,14 @@ class DialogueModel:
                     in_segment = batch["segment_ids"][row] == segment
                     totals[windows.record[index]] += nll[row][in_segment].sum()
         return totals
+
+    def _check_reranking(self, reranking: config.Reranking, settings: config.Sampling) -> None:
+        if reranking.candidates > 1 and not settings.do_sample:
+            raise UserError(
+                f"candidates {reranking.candidates} are drawn, and without do_sample (beams included) nothing is; "
+                "set do_sample true, or candidates 1"
+            )
+        mutual_information.check(self.tokenizer, reranking.backward_weight)
 
     def _encode_prompts(
         self, prompts: Sequence[Dialogue], settings: config.Sampling, limit: int, reply_prefix: str
@@ -274,9 +365,13 @@ _score = jax.jit(step.score, static_argnums=0)
 
 
 def _sampling(options: dict[str, Any], caller: str) -> config.Sampling:
+    return _validate(config.Sampling, options, caller)
+
+
+def _validate(section: type[S], options: dict[str, Any], caller: str) -> S:
     from ssl_jax.command_line import validate
 
-    return validate(config.Sampling, options, origin=caller)
+    return validate(section, options, origin=caller)
 
 
 def _warn_of_dropped(what: Prompt | Reply) -> None:

@@ -64,8 +64,8 @@ class Progress(NamedTuple):
 class Drawer:
     """Draws replies with one model, one set of options and one seed.
 
-    A reply depends on its prompt, the place of the prompt among the prompts, its number and the seed: not on the batch
-    that it is drawn in, nor on the way.
+    A reply depends on its prompt, the number of the prompt, its own number and the seed: not on the batch that it is
+    drawn in, nor on the way. A prompt's number is its place among the prompts, unless `numbers` say otherwise.
 
     Attributes:
       shape: of the model, with `scan_layers` False.
@@ -83,35 +83,53 @@ class Drawer:
     limit: int
     mesh: jax.sharding.Mesh | None = None
 
-    def draw(self, prompts: Sequence[np.ndarray], batch_size: int, is_over: IsOver | None = None) -> Iterator[Progress]:
+    def draw(
+        self,
+        prompts: Sequence[np.ndarray],
+        batch_size: int,
+        is_over: IsOver | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[Progress]:
         """Draws `num_return_sequences` replies to each prompt, in the way that takes the least time.
 
         Args:
           prompts: int32 `[n]` each, at most `limit` tokens.
           batch_size: rows at a time, beams counted.
           is_over: ends replies early, at most `STOP_CHUNK` tokens behind the first that makes it true.
+          numbers: of each prompt, from 0, for its random key.
         """
         batch = max(1, batch_size // max(self.options.num_return_sequences, self.options.num_beams))
         for members in self._rings(prompts):
             together = len(members) <= batch and is_over is None
             if together or self.options.num_beams > 1:
-                yield from self.in_step(prompts, members, batch)
+                yield from self.in_step(prompts, members, batch, numbers)
             else:
-                yield from self.refilled(prompts, members, batch, is_over)
+                yield from self.refilled(prompts, members, batch, is_over, numbers)
 
-    def in_step(self, prompts: Sequence[np.ndarray], members: Sequence[int], batch: int) -> Iterator[Progress]:
+    def in_step(
+        self,
+        prompts: Sequence[np.ndarray],
+        members: Sequence[int],
+        batch: int,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[Progress]:
         """Answers `batch` prompts at a time; each time takes as long as the longest of their replies."""
         draw = _search if self.options.num_beams > 1 else _sample
         for first in range(0, len(members), batch):
             chosen = members[first : first + batch]
-            arrays = self._batch(prompts, chosen, self._whole(_few_sizes(len(chosen))))
+            arrays = self._batch(prompts, chosen, self._whole(_few_sizes(len(chosen))), numbers)
             drawn = jax.device_get(draw(self.shape, self.options, self.layers, self._place(arrays), self._seed))
             jobs = self._jobs(chosen)
             steps = int(np.max(drawn.lengths + drawn.stopped)) - 1
             yield Progress(_harvest(jobs, drawn), max(0, steps) * len(drawn.lengths))
 
     def refilled(
-        self, prompts: Sequence[np.ndarray], members: Sequence[int], batch: int, is_over: IsOver | None = None
+        self,
+        prompts: Sequence[np.ndarray],
+        members: Sequence[int],
+        batch: int,
+        is_over: IsOver | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Iterator[Progress]:
         """Keeps the rows of `batch` prompts busy until all are answered.
 
@@ -120,6 +138,7 @@ class Drawer:
           members: which of them to answer, in this order; few shapes are compiled where like lengths stand together.
           batch: prompts at a time.
           is_over: as of `draw`.
+          numbers: as of `draw`.
         """
         repeats, new_tokens = self.options.num_return_sequences, self.options.max_new_tokens
         places = self._whole(min(batch, len(members)))
@@ -139,7 +158,7 @@ class Drawer:
                 # Rows that do not exist take the replies of the places that no prompt is left for.
                 targets = np.arange(rows, rows + group * repeats, dtype=np.int32)
                 targets[: len(filled)] = filled
-                arrays = self._place(self._batch(prompts, chosen, group))
+                arrays = self._place(self._batch(prompts, chosen, group, numbers))
                 state, before = _refill(*static, self.layers, state, targets, arrays, self._seed)
                 replaced.append((jobs[filled], before))
                 jobs[filled], done[filled] = self._jobs(chosen), False
@@ -197,13 +216,19 @@ class Drawer:
         """Places that the longest of the chosen prompts needs."""
         return max(self._bucket(prompts[index]) for index in chosen)
 
-    def _batch(self, prompts: Sequence[np.ndarray], chosen: Sequence[int], places: int) -> dict[str, np.ndarray]:
+    def _batch(
+        self,
+        prompts: Sequence[np.ndarray],
+        chosen: Sequence[int],
+        places: int,
+        numbers: Sequence[int] | None = None,
+    ) -> dict[str, np.ndarray]:
         """Chosen prompts as arrays; what is left of the `places` stays empty."""
         tokens = np.zeros((places, self._places(prompts, chosen)), np.int32)
         lengths, ids = np.zeros(places, np.int32), np.zeros(places, np.int32)
         for place, index in enumerate(chosen):
             tokens[place, : len(prompts[index])] = prompts[index]
-            lengths[place], ids[place] = len(prompts[index]), index
+            lengths[place], ids[place] = len(prompts[index]), index if numbers is None else numbers[index]
         return {"tokens": tokens, "lengths": lengths, "ids": ids}
 
     def _jobs(self, chosen: Sequence[int]) -> np.ndarray:

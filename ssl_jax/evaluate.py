@@ -3,6 +3,9 @@
 `python -m ssl_jax.evaluate --workdir DIR [--split test]` evaluates a run on its own data and writes
 `DIR/eval_<split>.json`. With `--model DIR_OR_HUB_NAME` a Hugging Face GPT-2 is evaluated instead, on the data of that
 run or on files of labeled dialogues (`--data FILE`).
+
+`--workdir A --baseline B` compares two evaluations that are there: metrics of A minus those of B, with a bootstrap
+interval over dialogues. With `--oracle O` also how much of the way from B to O is gone by A.
 """
 
 from __future__ import annotations
@@ -10,16 +13,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ssl_jax import command_line, files, workdir
 from ssl_jax.config import Data, Evaluation, ServedWeights, Source, TemplateName, Train
 from ssl_jax.errors import UserError
+from ssl_jax.evaluation import comparison
+from ssl_jax.evaluation.tables import coherence_lines, comparison_lines, metric_lines
 
 if TYPE_CHECKING:
     from ssl_jax.dialogue import Dialogue
+
+# Fields of the run's `evaluation` that the command may set otherwise.
+_AMOUNTS = ("recall_examples", "generated_replies", "coherence_examples", "coherence_rankings", "self_chats")
 
 
 class Evaluate(ServedWeights):
@@ -48,6 +56,21 @@ class Evaluate(ServedWeights):
     generated_replies: int | None = Field(
         default=None, ge=0, description="Replies to draw; absent: as the run's config says."
     )
+    coherence_examples: int | None = Field(
+        default=None, ge=0, description="Replies of each number scored for context_gain; absent: as the config says."
+    )
+    coherence_rankings: int | None = Field(
+        default=None, ge=0, description="Contexts to rank for each reply number; absent: as the run's config says."
+    )
+    self_chats: int | None = Field(
+        default=None, ge=0, description="Conversations with itself; absent: as the run's config says."
+    )
+    baseline: str | None = Field(
+        default=None, description="Evaluates nothing: compares the run's evaluation with that of this work directory."
+    )
+    oracle: str | None = Field(
+        default=None, description="With a baseline: work directory of a run that was trained with every label."
+    )
 
     @model_validator(mode="after")
     def _something_on_something(self) -> Evaluate:
@@ -57,17 +80,60 @@ class Evaluate(ServedWeights):
             raise ValueError("--model needs dialogues: --data FILE, or --workdir DIR for those of a run")
         return self
 
+    @model_validator(mode="after")
+    def _compares_or_evaluates(self) -> Evaluate:
+        if self.baseline is None:
+            if self.oracle is not None:
+                raise ValueError("--oracle says how far it is from a baseline; give --baseline DIR too")
+            return self
+        if self.workdir is None:
+            raise ValueError("--baseline is compared with the evaluation of a run; give --workdir DIR")
+        for name in ("model", "data", *_AMOUNTS):
+            if getattr(self, name) is not None:
+                raise ValueError(f"--baseline compares evaluations that are there; drop --{name.replace('_', '-')}")
+        return self
+
+    @property
+    def file_name(self) -> str:
+        """Of the evaluation in a work directory."""
+        kept = "" if self.weights == "auto" else f"_{self.weights}"
+        return f"eval_{self.split}{kept}.json"
+
 
 def main(arguments: Sequence[str]) -> None:
-    """Loads model and data, evaluates, prints and writes the result."""
+    """Evaluates or compares, prints and writes the result."""
     command = command_line.parse(
         Evaluate, arguments, program="python -m ssl_jax.evaluate", summary=(__doc__ or "").strip()
     )
+    if command.baseline is not None:
+        _compare(command, command.workdir or "", command.baseline)
+    else:
+        _evaluate(command)
+
+
+def _compare(command: Evaluate, directory: str, baseline: str) -> None:
+    """Compares the evaluations of work directories, prints the differences and adds them to the first one's file."""
+    named = {"--workdir": directory, "--baseline": baseline, "--oracle": command.oracle}
+    flags = f"--split {command.split}" + ("" if command.weights == "auto" else f" --weights {command.weights}")
+    results = {
+        flag: comparison.read(flag, name, command.file_name, flags) for flag, name in named.items() if name is not None
+    }
+    found = comparison.compare(results["--workdir"], results["--baseline"], results.get("--oracle"))
+    names = {"baseline": baseline, **({} if command.oracle is None else {"oracle": command.oracle})}
+    _print(comparison_lines(found))
+    _write(
+        Path(command.output or f"{directory}/{command.file_name}"), results["--workdir"] | {"comparison": names | found}
+    )
+
+
+def _evaluate(command: Evaluate) -> None:
+    """Loads model and data, evaluates, prints and writes the result."""
     run = None if command.workdir is None else workdir.read_config(Path(command.workdir))
-    asked = command.model_dump(include={"recall_examples", "generated_replies"}, exclude_none=True)
+    asked = command.model_dump(include=set(_AMOUNTS), exclude_none=True)
     settings = (Evaluation() if run is None else run.evaluation).model_copy(update=asked)
 
-    from ssl_jax import compilation_cache, evaluation, loading
+    from ssl_jax import compilation_cache, loading
+    from ssl_jax.evaluation import measure
 
     compilation_cache.enable()
     if command.data:
@@ -80,7 +146,7 @@ def main(arguments: Sequence[str]) -> None:
         "split": command.data or f"labeled_{command.split}",
         "model": command.model or command.workdir,
         **({} if command.weights == "auto" else {"weights": command.weights}),
-        **evaluation.full(
+        **measure.full(
             model,
             list(model.tokenizer.encode_all(dialogues)),
             lambda index: dialogues[index][0],
@@ -89,18 +155,25 @@ def main(arguments: Sequence[str]) -> None:
             say=_say,
         ),
     }
-    for metric, value in result["metrics"].items():
-        human = result.get("human", {}).get(metric)
-        print(f"{metric:<20} {value:9.4f}" + (f"   human {human:.4f}" if human is not None else ""))
+    _print(metric_lines(command.split if command.data is None else "value", result["metrics"], result.get("human", {})))
+    if "coherence" in result:
+        _print(["", *coherence_lines(result["coherence"]), ""])
     for what, count in result["counts"].items():
         print(f"{what.replace('_', ' '):<28} {count}")
     path = command.output
     if path is None and command.model is None and command.data is None:
-        kept = "" if command.weights == "auto" else f"_{command.weights}"
-        path = f"{command.workdir}/eval_{command.split}{kept}.json"
+        path = f"{command.workdir}/{command.file_name}"
     if path is not None:
-        files.write_json(Path(path), result)
-        print(f"written to {path}")
+        _write(Path(path), result)
+
+
+def _print(lines: Sequence[str]) -> None:
+    print(*lines, sep="\n")
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    files.write_json(path, result)
+    print(f"written to {path}")
 
 
 def _from_run(directory: Path, split: str) -> list[tuple[Dialogue, int]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from ssl_jax import command_line
-from ssl_jax.config import Sampling, Served, ServedWeights
+from ssl_jax.config import Reranking, Sampling, Served, ServedWeights
 
 if TYPE_CHECKING:
     from ssl_jax.conversation import Messages
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ssl_jax.replies import Reply
 
 
-class Generate(Sampling, Served, ServedWeights):
+class Generate(Sampling, Reranking, Served, ServedWeights):
     """What to say, to whom, and how to draw the answer."""
 
     prompt: tuple[str, ...] = Field(default=(), description="What the user says; several prompts are answered in turn.")
@@ -43,6 +43,8 @@ class Generate(Sampling, Served, ServedWeights):
             raise ValueError("--stream prints one reply as text; drop --json and --num-return-sequences")
         if (self.stream or self.chat) and self.num_beams > 1:
             raise ValueError("--stream and --chat: num_beams: a beam search has nothing to show before its end")
+        if (self.stream or self.chat) and self.candidates > 1:
+            raise ValueError("--stream and --chat: candidates: nothing can be shown before all are drawn; use 1")
         return self
 
 
@@ -81,6 +83,7 @@ def _answer(model: DialogueModel, prompts: Sequence[Dialogue], options: dict[str
         num_return_sequences=command.num_return_sequences,
         seed=command.seed,
         reply_prefix=command.reply_prefix,
+        reranking=Reranking.model_validate(command.model_dump(include=set(Reranking.model_fields))),
     )
     for text, replies in zip(command.prompt, drawn, strict=True):
         if replies[0].dropped_tokens:

@@ -304,7 +304,7 @@ def describe(values: Mapping[str, float]) -> list[str]:
         parts.append(f"{format_count(values['tokens_per_sec'])} tok/s")
     if "mfu" in values:
         parts.append(f"mfu {values['mfu']:.0%}")
-    for group in ("eval", "pseudo"):
+    for group in ("eval", "pseudo", "translated"):
         prefix = f"{group}/"
         members = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
         if members:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,34 @@ import jax
 import numpy as np
 
 from ssl_jax import (
-    evaluation,
+    description,
     files,
     loading,
     model,
     objectives,
     plan,
     pretrained,
-    pseudo_labels,
     sharding,
     step,
+    teachers,
     workdir,
 )
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Config
 from ssl_jax.conversation import as_prompt
-from ssl_jax.data.mixture import describe_weights, dialogue_weights
 from ssl_jax.data.store import Prepared
-from ssl_jax.data.streams import Batches, PackedStream, Phase
-from ssl_jax.dialogue import Dialogue
+from ssl_jax.data.streams import Batches, Phase
 from ssl_jax.dialogue_model import DialogueModel
 from ssl_jax.errors import Preempted, TrainingDiverged
-from ssl_jax.logbook import Logbook, format_count
+from ssl_jax.evaluation import measure
+from ssl_jax.logbook import Logbook
 from ssl_jax.optimizer import learning_rate_schedule, make_optimizer
 from ssl_jax.progress import Progress, Window
+from ssl_jax.pseudo_labels import rounds
+from ssl_jax.pseudo_labels.candidates import Kind
+from ssl_jax.pseudo_labels.make import Task, make_round
 from ssl_jax.signals import Signals
+from ssl_jax.training_streams import ROUNDS, TrainingStreams
 
 DEV, TEST = "labeled_dev", "labeled_test"
 
@@ -55,13 +58,13 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self.shape = model.GPT2.from_config(config.model, prepared.tokenizer.vocab_size)
         records = {split: len(prepared.lengths(split)) for split in prepared.splits}
-        self.streams = {"labeled": self._stream("labeled_train", config.objectives.prompt_loss_weight)}
-        if "raw_train" in records:
-            self.streams["raw"] = self._stream("raw_train")
+        self.sources = TrainingStreams(config, prepared, directory)
+        self.streams = self.sources.before_rounds()
         self.plan = plan.make_plan(
             config, records, self.streams["labeled"].rows_in_epoch(0), sharding.row_shards(self.mesh)
         )
-        self.optimizer = make_optimizer(config.optimizer, self.plan.total_steps)
+        self.optimizer = make_optimizer(config.optimizer)
+        self.teachers = teachers.load(config.distillation, config.train, prepared.tokenizer, self.mesh)
         self.settings = step.StepSettings(
             objective_weights=functools.partial(
                 objectives.weights,
@@ -69,12 +72,15 @@ class Run:
                 first_round=self.plan.round_steps[0] if self.plan.round_steps else self.plan.total_steps,
                 total_steps=self.plan.total_steps,
             ),
-            schedule=learning_rate_schedule(config.optimizer, self.plan.total_steps),
+            schedule=learning_rate_schedule(config.optimizer, self.plan.total_steps, self.plan.restarts),
             accumulation=config.train.gradient_accumulation_steps,
             token_replacement=config.train.token_replacement,
             ema_decay=config.optimizer.ema_decay,
+            births=self.plan.born,
+            r_drop=config.objectives.r_drop,
+            teaching=teachers.teaching(config.distillation, self.plan, self.teachers),
         )
-        init_state = functools.partial(step.init_state, self.shape, self.optimizer, config.optimizer.ema_decay)
+        init_state = functools.partial(step.init_state, self.shape, self.optimizer, self.settings)
         self._key = jax.device_put(jax.random.key(config.seed), sharding.replicated(self.mesh))
         self._abstract_state = self._abstract(init_state)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_state)
@@ -109,22 +115,26 @@ class Run:
         ) as logbook:
             if newest:
                 logbook.say(f"going on from checkpoint {newest}")
-            self._describe(logbook)
+            logbook.table("plan", description.rows(self.config, self.plan, self.shape, self.mesh, self.streams))
+            for warning in description.warnings(self.prepared.summary.get("languages", {})):
+                logbook.say(warning)
             for phase in self._phases(newest or 0):
                 state = self._phase(phase, state, progress, logbook)
             self._save(state, progress, logbook)
             self.checkpoints.wait()
             return self._finish(progress, logbook)
 
-    def initial_state(self) -> step.TrainState:
-        """The state before the first step, with pretrained weights where the configuration names some.
+    def initial_state(self, at: int = 0) -> step.TrainState:
+        """The state of a student before step `at + 1`, its first, with pretrained weights where there are some.
 
         Raises:
           UserError: the weights' files are damaged or do not fit the configuration.
         """
+        # fold_in(key, n) is the key of step n, so what begins there needs another one.
+        key = jax.random.fold_in(jax.random.fold_in(self._key, at), at) if at else self._key
         if self.config.model.init_from is None:
-            return self._init_state(self._key)
-        return self._init_state(self._key, pretrained.initial_params(self.config, self.shape, self.mesh))
+            return self._init_state(key)
+        return self._init_state(key, pretrained.initial_params(self.config, self.shape, self.mesh))
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -141,10 +151,16 @@ class Run:
         if phase.start in self.plan.round_steps:
             self._hold_round(self.plan.round_steps.index(phase.start), phase.start, state, progress, logbook)
             phase = next(self._phases(phase.start))
+            if phase.start in self.plan.born:
+                state = dataclasses.replace(self.initial_state(phase.start), step=state.step)
         streams = self.streams
-        # Steps at the end that draw no pseudo-labels still log how often they were passed over.
-        if "pseudo" in dict(phase.rows) or phase.first_row["pseudo"]:
-            streams = {**streams, "pseudo": self._pseudo_stream(phase.start)}
+        held = sum(at <= phase.start for at in self.plan.round_steps)
+        for name in ROUNDS:
+            # Steps at the end that draw no pseudo-labels still log how often they were passed over.
+            if name in dict(phase.rows) or phase.first_row[name]:
+                stream = self.sources.of_rounds(name, held)
+                assert stream is not None, f"rows of {name}, but no round has accepted any"
+                streams = {**streams, name: stream}
         batches = Batches(
             phase,
             streams,
@@ -156,10 +172,11 @@ class Run:
         logbook.phase("train", ", ".join(f"{count} {name}" for name, count in phase.rows) + " rows a step")
         train, window = self.config.train, Window(progress.unlogged)
         late: tuple[int, step.Metrics, dict[str, int]] | None = None
+        known = tuple(teacher.params for teacher in self.teachers.values())
         for number, batch in enumerate(batches.read(), start=phase.start):
-            fed = _tokens_by_stream(batch)
+            fed = _tokens_by_stream(batch, passes=2 if self.config.objectives.r_drop else 1)
             with jax.transfer_guard("disallow"):
-                state, metrics = self.train_step(state, sharding.put_batch(batch, self.mesh), self._key)
+                state, metrics = self.train_step(state, sharding.put_batch(batch, self.mesh), self._key, known)
             # The device is busy with this step while the host reads the metrics of the last one.
             if late is not None:
                 self._record(late, batches, window, progress, logbook)
@@ -220,7 +237,7 @@ class Run:
         if DEV in self.prepared.splits:
             logbook.phase("evaluate")
             encoded, lengths = self.prepared.encoded(DEV), self.prepared.lengths(DEV)
-            values = evaluation.quick(speaker, encoded, lengths, settings.dev_dialogues, rows=self.eval_rows)
+            values = measure.quick(speaker, encoded, lengths, settings.dev_dialogues, rows=self.eval_rows)
             metric = values["reply_bits_per_byte"]
             if progress.best is None or metric < progress.best[0]:
                 progress.best = (metric, number)
@@ -241,35 +258,45 @@ class Run:
         self.checkpoints.save(int(state.step), _checkpoint_items(state), meta, metric=metric)
 
     def _hold_round(self, number: int, at: int, state: step.TrainState, progress: Progress, logbook: Logbook) -> None:
-        """Holds the pseudo-labeling round before step `at + 1`, unless an earlier process did, and logs it."""
-        directory = self.directory / workdir.PSEUDO_LABELS
-        summary, timing = pseudo_labels.read_summary(directory, number), {}
-        if summary is None:
-            self._save(state, progress, logbook)
-            settings = self.config.pseudo_labels
-            population = len(self.prepared.lengths("prompt_train"))
-            chosen = pseudo_labels.choose_prompts(population, settings, number, self.config.seed)
-            logbook.phase("pseudo-label", f"round {number}, {len(chosen)} prompts")
-            started = time.monotonic()
-            summary = pseudo_labels.make_round(
-                directory,
-                number,
-                self._speaker(state) if settings.teacher == "ema" else self._dialogue_model(state.params),
-                [self.prepared.dialogue("prompt_train", index) for index in chosen],
-                settings,
-                seed=self.config.seed,
-                step=at,
-                batch_size=settings.batch_size * sharding.row_shards(self.mesh),
-                between=lambda _: self._stop_if_asked(at),
-            )
-            seconds = time.monotonic() - started
-            timing = {"pseudo/seconds": seconds, "pseudo/tokens_per_sec": summary["generated_tokens"] / seconds}
-        counts = {f"pseudo/{name}": summary[name] for name in ("round", "generated", "accepted", "accept_rate")}
-        # A line of step n is dropped when a run resumes before n. The round's line is for the step that follows it, so
-        # it is there exactly once, however often the round is come by.
-        logbook.metrics(at + 1, {**counts, **timing})
-        if not summary["accepted"]:
-            logbook.say(f"round {number}: every reply was rejected ({summary['removed']}); its rows go to other data")
+        """Holds the round before step `at + 1`, but for what an earlier process did of it, and logs it."""
+        settings, saved = self.config.pseudo_labels, False
+        for name, directory in self._rounds().items():
+            summary, timing = rounds.read_summary(directory, number), {}
+            if summary is None:
+                if not saved:
+                    self._save(state, progress, logbook)
+                    saved = True
+                asked = self.sources.asked(name, number)
+                kind: Kind = "replies" if name == "pseudo" else "contexts"
+                logbook.phase("pseudo-label", f"round {number}, {kind} for {len(asked)} dialogues")
+                started = time.monotonic()
+                summary = make_round(
+                    Task(
+                        kind=kind,
+                        directory=directory,
+                        round_number=number,
+                        seed=self.config.seed,
+                        step=at,
+                        batch_size=settings.batch_size * sharding.row_shards(self.mesh),
+                    ),
+                    self._speaker(state) if settings.teacher == "ema" else self._dialogue_model(state.params),
+                    asked,
+                    settings,
+                    between=lambda _: self._stop_if_asked(at),
+                )
+                seconds = time.monotonic() - started
+                rate = summary["generated_tokens"] / seconds
+                timing = {f"{name}/seconds": seconds, f"{name}/tokens_per_sec": rate}
+            counts = {f"{name}/{key}": summary[key] for key in ("round", "generated", "accepted", "accept_rate")}
+            # A line of step n is dropped when a run resumes before n. The round's line is for the step that follows it,
+            # so it is there exactly once, however often the round is come by.
+            logbook.metrics(at + 1, {**counts, **timing})
+            if not summary["accepted"]:
+                reasons = ", ".join(f"{reason} {count}" for reason, count in summary["removed"].items() if count)
+                logbook.say(
+                    f"warning: round {number} accepted none of {summary['generated']} {summary['kind']} ({reasons}); "
+                    "its rows go to other data; see the filters of pseudo_labels, or hold the round later"
+                )
 
     def _finish(self, progress: Progress, logbook: Logbook) -> dict[str, Any]:
         """The final evaluation, with the best checkpoint or the last one."""
@@ -285,7 +312,7 @@ class Run:
 
         result = {}
         if split in self.prepared.splits:
-            result = evaluation.full(
+            result = measure.full(
                 speaker,
                 self.prepared.encoded(split),
                 functools.partial(self.prepared.dialogue, split),
@@ -295,6 +322,7 @@ class Run:
             )
             result = {"split": split, "checkpoint": chosen, **result}
             files.write_json(self.directory / f"eval_{split.removeprefix('labeled_')}.json", result)
+        held = self._rounds()
         summary = {
             "exit": 0,
             "steps": self.plan.total_steps,
@@ -305,7 +333,7 @@ class Run:
             "seconds": round(logbook.elapsed(), 1),
             "parameters": plan.parameter_count(self.shape),
             "train_step_compilations": self._compilations(),
-            "pseudo_labels_accepted": self._accepted(),
+            **{f"{place.name}_accepted": [one[name] for one in self._accepted()] for name, place in held.items()},
             "split": split,
             "evaluation": result.get("metrics", {}),
             "human": result.get("human", {}),
@@ -322,51 +350,20 @@ class Run:
 
     # Parts -----------------------------------------------------------------------------------------------------------
 
-    def _stream(self, split: str, context_weight: float = 0.0) -> PackedStream:
-        return PackedStream(
-            self.prepared.encoded(split),
-            self.prepared.lengths(split),
-            prefix_lengths=self.prepared.prefix_lengths(split),
-            sequence_length=self.config.train.sequence_length,
-            overlap=self.config.train.window_overlap,
-            seed=self.config.seed,
-            context_weight=context_weight,
-            weights=dialogue_weights(self.config.data, self.prepared, split),
-        )
+    def _rounds(self) -> dict[str, Path]:
+        """Streams that are made of rounds, and where these are."""
+        rows = {"pseudo": self.plan.pseudo_rows, "translated": self.plan.translated_rows}
+        return {name: self.directory / ROUNDS[name] for name, number in rows.items() if number}
 
-    def _pseudo_stream(self, at: int) -> PackedStream:
-        """All pseudo-labels of the rounds held up to step `at`: rounds accumulate (arXiv 2404.01413)."""
-        directory = self.directory / workdir.PSEUDO_LABELS
-        held = sum(round_step <= at for round_step in self.plan.round_steps)
-        dialogues = [d for number in range(held) for d in pseudo_labels.read_round(directory, number)]
-        encoded = [self.prepared.tokenizer.encode(dialogue) for dialogue in dialogues]
-        return PackedStream(
-            encoded,
-            np.array([len(dialogue.tokens) for dialogue in encoded]),
-            prefix_lengths=np.array([dialogue.prefix_length for dialogue in encoded]),
-            sequence_length=self.config.train.sequence_length,
-            overlap=self.config.train.window_overlap,
-            seed=self.config.seed + held,
-            weights=self._pseudo_weights(dialogues, held),
-        )
-
-    def _pseudo_weights(self, dialogues: Sequence[Dialogue], held: int) -> np.ndarray | None:
-        """A pseudo-label counts as much as the source of its prompt; `held` rounds have asked for them."""
-        weights = dialogue_weights(self.config.data, self.prepared, "prompt_train")
-        if weights is None:
-            return None
-        prompts, weight_of = self.prepared.encoded("prompt_train"), {}
-        for number in range(held):
-            chosen = pseudo_labels.choose_prompts(len(weights), self.config.pseudo_labels, number, self.config.seed)
-            asked = prompts.__getitems__(chosen)
-            weight_of |= {prompt.id: weights[index] for index, prompt in zip(chosen, asked, strict=True)}
-        return np.array([weight_of[dialogue.id] for dialogue in dialogues])
-
-    def _accepted(self) -> list[int]:
-        """Pseudo-labels that each finished round accepted."""
-        directory = self.directory / workdir.PSEUDO_LABELS
-        summaries = [pseudo_labels.read_summary(directory, n) for n in range(len(self.plan.round_steps))]
-        return [summary["accepted"] for summary in summaries if summary is not None]
+    def _accepted(self) -> list[dict[str, int]]:
+        """What each finished round accepted, by stream."""
+        accepted = []
+        for number in range(len(self.plan.round_steps)):
+            by_name = {name: rounds.read_summary(place, number) for name, place in self._rounds().items()}
+            held = {name: summary["accepted"] for name, summary in by_name.items() if summary is not None}
+            if len(held) == len(by_name):
+                accepted.append(held)
+        return accepted
 
     def _speaker(self, state: step.TrainState) -> DialogueModel:
         """The model that is evaluated and that teaches: the averaged weights where there are any."""
@@ -390,6 +387,7 @@ class Run:
             ema=restored.get("ema"),
             optimizer_state=counters["state"],
             skipped=counters["skipped"],
+            confidence=counters.get("confidence"),
         )
         return state, Progress.from_meta(self.checkpoints.meta(number))
 
@@ -398,50 +396,17 @@ class Run:
         cache: Any = self.train_step
         return cache._cache_size()
 
-    def _describe(self, logbook: Logbook) -> None:
-        shape, mesh = self.shape, dict(self.mesh.shape)
-        batch = f"{self.plan.rows} rows × {self.config.train.sequence_length} tokens"
-        size = plan.parameter_count(shape)
-        source = f", from {self.config.model.init_from}" if self.config.model.init_from else ""
-        long = ", ".join(f"{name} {_long_dialogues(stream)}" for name, stream in self.streams.items())
-        drawn = self.plan.phases()[-1].drawn_before(self.plan.total_steps)
-        weights = describe_weights(self.config.data)
-        logbook.table(
-            "plan",
-            [
-                ("model", f"{size / 1e6:.1f}M parameters, {shape.n_layer} × {shape.n_embd}{source}"),
-                ("devices", f"{jax.device_count()} {jax.devices()[0].device_kind}, mesh {mesh}"),
-                ("batch", f"{batch}, {self.plan.labeled_rows} labeled and {self.plan.unlabeled_rows} unlabeled"),
-                ("steps", f"{self.plan.total_steps}, labeled only from {self.plan.labeled_only_from}"),
-                ("rounds", ", ".join(f"step {at}" for at in self.plan.round_steps) or "none"),
-                ("epoch", "; ".join(f"{name} {_epoch(s, drawn[name])}" for name, s in self.streams.items())),
-                *([("weights", f"{weights} (times that an epoch shows a dialogue)")] if weights else []),
-                ("packing", ", ".join(f"{name} {s.fill():.1%} full" for name, s in self.streams.items())),
-                ("long dialogues", f"{long}; overlap {self.config.train.window_overlap} tokens"),
-            ],
-        )
-
 
 def _checkpoint_items(state: step.TrainState) -> dict[str, Any]:
     """A state, or its shapes, as the items of a checkpoint: what answers can be read without the optimizer's part."""
     counters = {"step": state.step, "skipped": state.skipped, "state": state.optimizer_state}
+    if state.confidence is not None:
+        counters["confidence"] = state.confidence
     averaged = {} if state.ema is None else {"ema": state.ema}
     return {"params": state.params, "optimizer": counters, **averaged}
 
 
-def _epoch(stream: PackedStream, drawn: int) -> str:
-    """What an epoch of a stream is and how many of them `drawn` rows are, for people."""
-    rows = stream.rows_in_epoch(0)
-    passes = f", {drawn / rows:.1f} times" if rows else ""
-    return f"{format_count(stream.tokens_in_epoch(0))} tokens in {rows} rows{passes}"
-
-
-def _long_dialogues(stream: PackedStream) -> str:
-    """How many dialogues are longer than a row, for people."""
-    dialogues, windows = stream.long_dialogues()
-    return f"{dialogues} cut into {windows} windows" if dialogues else "none"
-
-
-def _tokens_by_stream(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
-    counts = (batch["segment_ids"] > 0).sum(axis=1)
+def _tokens_by_stream(batch: Mapping[str, np.ndarray], passes: int) -> dict[str, int]:
+    """Tokens that the student reads; with R-Drop every one of them twice."""
+    counts = (batch["segment_ids"] > 0).sum(axis=1) * passes
     return {name: int(counts[batch["stream"] == number].sum()) for name, number in objectives.STREAM_IDS.items()}

@@ -10,6 +10,7 @@ Axes: B rows, T time, D width, V padded vocabulary, C chunk of time, N tokens of
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,87 +52,121 @@ def token_nll(
 
     def chunk_nll(_, chunk):
         hidden_BCD, targets_BC = chunk
-        logits_NV = products.logits(_rows(hidden_BCD), embedding_VD, vocab_size)
-        highest_N1, _, sum_N1 = _softmax_parts(logits_NV)
-        return None, _nll(logits_NV, highest_N1, sum_N1, targets_BC.reshape(-1)).reshape(targets_BC.shape)
+        logits_NV = products.logits(rows(hidden_BCD), embedding_VD, vocab_size)
+        highest_N1, _, sum_N1 = softmax_parts(logits_NV)
+        return None, nll(logits_NV, highest_N1, sum_N1, targets_BC.reshape(-1)).reshape(targets_BC.shape)
 
-    _, nll = jax.lax.scan(chunk_nll, None, _chunks(hidden_BTD, targets_BT))
-    return _unchunk(nll, targets_BT.shape[1])
+    _, nll_NBC = jax.lax.scan(chunk_nll, None, chunks(hidden_BTD, targets_BT))
+    return unchunk(nll_NBC, targets_BT.shape[1])
 
 
-def _rows(hidden_BCD: jax.Array) -> jax.Array:
+def rows(hidden_BCD: jax.Array) -> jax.Array:
     """`[N, D]`: XLA on CPU turns plain matrix products, and only those, into fast calls."""
     return hidden_BCD.reshape(-1, hidden_BCD.shape[-1])
 
 
-def _softmax_parts(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def softmax_parts(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Highest logits `[N, 1]`, exponentials of the differences from them `[N, V]`, and their sums `[N, 1]`."""
     highest_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
     exponentials_NV = jnp.exp(logits_NV - highest_N1)
     return highest_N1, exponentials_NV, jnp.sum(exponentials_NV, axis=-1, keepdims=True)
 
 
-def _nll(logits_NV: jax.Array, highest_N1: jax.Array, sum_N1: jax.Array, targets_N: jax.Array) -> jax.Array:
+def nll(logits_NV: jax.Array, highest_N1: jax.Array, sum_N1: jax.Array, targets_N: jax.Array) -> jax.Array:
+    """Negative log-likelihood `[N]` of targets, nats, from the logits and their `softmax_parts`."""
     target_logits_N1 = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)
     return (jnp.log(sum_N1) + highest_N1 - target_logits_N1)[:, 0]
+
+
+Terms = Callable[..., tuple[jax.Array, jax.Array, Any]]
+"""What a chunk of float32 logits `[N, V]`, and of arrays `[N, …]`, adds to a loss: the float32 scalar; its gradient in
+the logits `[N, V]`; and a pytree of outputs `[N]`, for each token, that carry no gradient."""
+
+
+def chunked_loss(
+    terms: Terms, hidden_BTD: jax.Array, embedding_VD: jax.Array, vocab_size: int, *arrays: jax.Array
+) -> tuple[jax.Array, Any]:
+    """The sum of a loss over chunks of time, and its outputs `[B, T]`.
+
+    Args:
+      terms: the loss of a chunk; its gradient is not used, and not computed once compiled.
+      hidden_BTD: final hidden states; further axes between T and D are rows of logits of their own.
+      embedding_VD: output embedding.
+      vocab_size: number of real tokens.
+      *arrays: `[B, T, …]`, what `terms` needs beside the logits.
+    """
+
+    def chunk_loss(loss, chunk):
+        logits_NV = products.logits(rows(chunk[0]), embedding_VD, vocab_size)
+        chunk_sum, _, outputs = terms(logits_NV, *map(_flat, chunk[1:]))
+        return loss + chunk_sum, _unflat(outputs, chunk[0])
+
+    loss, outputs = jax.lax.scan(chunk_loss, jnp.zeros((), jnp.float32), chunks(hidden_BTD, *arrays))
+    return loss, jax.tree.map(lambda output: unchunk(output, hidden_BTD.shape[1]), outputs)
+
+
+def chunked_loss_and_gradients(
+    terms: Terms, hidden_BTD: jax.Array, embedding_VD: jax.Array, vocab_size: int, *arrays: jax.Array
+) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, jax.Array]]:
+    """`chunked_loss`, and its gradients in `hidden_BTD` and `embedding_VD`, taken while a chunk is at hand."""
+
+    def chunk_loss(carry, chunk):
+        loss, embedding_grad_DV = carry
+        hidden_ND = rows(chunk[0])
+        logits_NV = products.logits(hidden_ND, embedding_VD, vocab_size)
+        chunk_sum, logits_grad_NV, outputs = terms(logits_NV, *map(_flat, chunk[1:]))
+        logits_grad_NV = logits_grad_NV.astype(hidden_ND.dtype)
+        hidden_grad_ND = logits_grad_NV @ embedding_VD
+        # In this form the small factor is transposed, not the large one.
+        embedding_grad_DV += jnp.einsum("nd,nv->dv", hidden_ND, logits_grad_NV, preferred_element_type=jnp.float32)
+        outputs = _unflat(outputs, chunk[0]), hidden_grad_ND.reshape(chunk[0].shape)
+        return (loss + chunk_sum, embedding_grad_DV), outputs
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape[::-1], jnp.float32))
+    (loss, embedding_grad_DV), outputs = jax.lax.scan(chunk_loss, start, chunks(hidden_BTD, *arrays))
+    outputs, hidden_grad_BTD = jax.tree.map(lambda output: unchunk(output, hidden_BTD.shape[1]), outputs)
+    return (loss, outputs), (hidden_grad_BTD, embedding_grad_DV.T.astype(embedding_VD.dtype))
+
+
+def scaled(gradients: Sequence[jax.Array], cotangent: jax.Array) -> tuple[jax.Array, ...]:
+    """Gradients of a loss times the cotangent of the loss, each in its own type."""
+    return tuple(gradient * cotangent.astype(gradient.dtype) for gradient in gradients)
+
+
+def _terms(logits_NV, targets_N, weights_N):
+    highest_N1, exponentials_NV, sum_N1 = softmax_parts(logits_NV)
+    nll_N = nll(logits_NV, highest_N1, sum_N1, targets_N)
+    is_target_NV = jnp.arange(logits_NV.shape[-1])[None] == targets_N[:, None]
+    expected_NV = exponentials_NV * (weights_N[:, None] / sum_N1)
+    logits_grad_NV = expected_NV - jnp.where(is_target_NV, weights_N[:, None], 0.0)
+    return jnp.sum(nll_N * weights_N), logits_grad_NV, nll_N
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_cross_entropy(
     vocab_size: int, hidden_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    nll_BT = token_nll(hidden_BTD, embedding_VD, targets_BT, vocab_size)
-    return jnp.sum(nll_BT * weights_BT), nll_BT
+    return chunked_loss(_terms, hidden_BTD, embedding_VD, vocab_size, targets_BT, weights_BT)
 
 
 def _forward(vocab_size, hidden_BTD, embedding_VD, targets_BT, weights_BT):
-    def chunk_loss(carry, chunk):
-        loss, embedding_grad_DV = carry
-        hidden_BCD, targets_BC, weights_BC = chunk
-        hidden_ND, targets_N, weights_N = _rows(hidden_BCD), targets_BC.reshape(-1), weights_BC.reshape(-1)
-        logits_NV = products.logits(hidden_ND, embedding_VD, vocab_size)
-        highest_N1, exponentials_NV, sum_N1 = _softmax_parts(logits_NV)
-        nll_N = _nll(logits_NV, highest_N1, sum_N1, targets_N)
-        is_target_NV = jnp.arange(logits_NV.shape[-1])[None] == targets_N[:, None]
-        expected_NV = exponentials_NV * (weights_N[:, None] / sum_N1)
-        logits_grad_NV = expected_NV - jnp.where(is_target_NV, weights_N[:, None], 0.0)
-        logits_grad_NV = logits_grad_NV.astype(hidden_ND.dtype)
-        hidden_grad_ND = logits_grad_NV @ embedding_VD
-        # In this form the small factor is transposed, not the large one.
-        embedding_grad_DV += jnp.einsum("nd,nv->dv", hidden_ND, logits_grad_NV, preferred_element_type=jnp.float32)
-        outputs = nll_N.reshape(targets_BC.shape), hidden_grad_ND.reshape(hidden_BCD.shape)
-        return (loss + jnp.sum(nll_N * weights_N), embedding_grad_DV), outputs
-
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape[::-1], jnp.float32))
-    (loss, embedding_grad_DV), (nll, hidden_grad) = jax.lax.scan(
-        chunk_loss, start, _chunks(hidden_BTD, targets_BT, weights_BT)
-    )
-    length = targets_BT.shape[1]
-    residuals = (_unchunk(hidden_grad, length), embedding_grad_DV.T.astype(embedding_VD.dtype))
-    return (loss, _unchunk(nll, length)), residuals
+    return chunked_loss_and_gradients(_terms, hidden_BTD, embedding_VD, vocab_size, targets_BT, weights_BT)
 
 
-def _backward(vocab_size, residuals, cotangents):
-    hidden_grad_BTD, embedding_grad_VD = residuals
-    scale, _ = cotangents
-    return (
-        hidden_grad_BTD * scale.astype(hidden_grad_BTD.dtype),
-        embedding_grad_VD * scale.astype(embedding_grad_VD.dtype),
-        None,
-        None,
-    )
+def _backward(vocab_size, gradients, cotangents):
+    return (*scaled(gradients, cotangents[0]), None, None)
 
 
 _weighted_cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Cuts `[B, T, …]` along time into `[N, B, C, …]` with B × C near CHUNK_TOKENS; pads time with zeros.
 
     Time is cut, not rows, so that rows may stay sharded over devices.
     """
-    rows, length = arrays[0].shape[:2]
-    number = max(1, round(rows * length / CHUNK_TOKENS))
+    batch, length = arrays[0].shape[:2]
+    number = max(1, round(batch * length / CHUNK_TOKENS))
     size = -(-length // number)
     number = -(-length // size)
 
@@ -139,12 +174,20 @@ def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         padding = [(0, 0)] * array.ndim
         padding[1] = (0, number * size - length)
         padded = jnp.pad(array, padding) if number * size > length else array
-        return jnp.moveaxis(padded.reshape(rows, number, size, *array.shape[2:]), 1, 0)
+        return jnp.moveaxis(padded.reshape(batch, number, size, *array.shape[2:]), 1, 0)
 
     return tuple(cut(array) for array in arrays)
 
 
-def _unchunk(array_NBC: jax.Array, length: int) -> jax.Array:
-    """Undoes `_chunks` for one array."""
-    number, rows, size = array_NBC.shape[:3]
-    return jnp.moveaxis(array_NBC, 0, 1).reshape(rows, number * size, *array_NBC.shape[3:])[:, :length]
+def unchunk(array_NBC: jax.Array, length: int) -> jax.Array:
+    """Undoes `chunks` for one array."""
+    number, batch, size = array_NBC.shape[:3]
+    return jnp.moveaxis(array_NBC, 0, 1).reshape(batch, number * size, *array_NBC.shape[3:])[:, :length]
+
+
+def _flat(array_BC: jax.Array) -> jax.Array:
+    return array_BC.reshape(-1, *array_BC.shape[2:])
+
+
+def _unflat(outputs: Any, hidden_BCD: jax.Array) -> Any:
+    return jax.tree.map(lambda output_N: output_N.reshape(hidden_BCD.shape[:2]), outputs)

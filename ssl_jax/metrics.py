@@ -19,6 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ssl_jax import bootstrap
+from ssl_jax.bootstrap import Interval
+
 Array = NDArray[np.float64]
 
 # Scripts that put no spaces between words: Thai, Lao, Myanmar, Khmer, kana, bopomofo, Han.
@@ -26,9 +29,6 @@ _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005\u3007\u3040-\u312f\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
-
-# Resamples drawn at a time; bounds memory at this many counts per dialogue.
-_BOOTSTRAP_CHUNK = 500
 
 
 def words(text: str) -> list[str]:
@@ -72,6 +72,23 @@ def repetition(replies: Sequence[str], n: int) -> float:
     for reply in replies:
         ngrams = list(_ngrams(words(reply), n))
         shares.append(1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0)
+    return sum(shares) / max(len(shares), 1)
+
+
+def repetition_across(chats: Sequence[Sequence[str]], n: int) -> float:
+    """Mean share of a reply's word n-grams that occurred in an earlier reply of the same chat.
+
+    Over all replies but the first of every chat, which has none before it; of fewer than n words one counts 0. 0 where
+    no chat has two replies.
+    """
+    shares = []
+    for chat in chats:
+        earlier: set[tuple[str, ...]] = set()
+        for number, reply in enumerate(chat):
+            ngrams = list(_ngrams(words(reply), n))
+            if number:
+                shares.append(sum(ngram in earlier for ngram in ngrams) / max(len(ngrams), 1))
+            earlier.update(ngrams)
     return sum(shares) / max(len(shares), 1)
 
 
@@ -199,15 +216,6 @@ def ranking(scores_NC: ArrayLike) -> dict[str, float]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Interval:
-    """A value measured on the whole test set and its 95 % percentile interval over resampled dialogues."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class GapClosed:
     """How much of the way from the floor to the oracle a method goes.
 
@@ -244,15 +252,15 @@ def paired_bootstrap(
     Raises:
       ValueError: lengths differ, no dialogues, or a denominator that is not positive.
     """
-    columns_DK = _columns(numerator_a, denominator_a, numerator_b, denominator_b)
+    columns_DK = bootstrap.columns(numerator_a, denominator_a, numerator_b, denominator_b)
     if not np.all(columns_DK[:, [1, 3]] > 0):
         raise ValueError("a bootstrap of ratios needs positive denominators")
 
     def difference(sums: Array) -> Array:
         return sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]
 
-    samples = difference(_resampled_sums(columns_DK, num_samples, seed))
-    return _interval(difference(columns_DK.sum(axis=0)), samples)
+    samples = difference(bootstrap.resampled_sums(columns_DK, num_samples, seed))
+    return Interval.of(difference(columns_DK.sum(axis=0)), samples)
 
 
 def gap_closed(
@@ -275,9 +283,46 @@ def gap_closed(
     Raises:
       ValueError: lengths differ, no dialogues, or a dialogue without bytes.
     """
-    columns_DK = _columns(floor, method, oracle, num_bytes)
-    if not np.all(columns_DK[:, 3] > 0):
+    return gap_closed_over_seeds([floor], [method], [oracle], num_bytes, num_samples, seed)
+
+
+def gap_closed_over_seeds(
+    floors: Sequence[ArrayLike],
+    methods: Sequence[ArrayLike],
+    oracles: Sequence[ArrayLike],
+    num_bytes: ArrayLike,
+    num_samples: int = 10_000,
+    seed: int = 0,
+) -> GapClosed:
+    """`gap_closed` of systems that were trained several times, each with the mean over its runs.
+
+    The interval is that of a bootstrap on two levels (Davison and Hinkley 1997, section 3.8): every resample draws
+    dialogues, the same for all systems, and of each system as many runs as it has, apart from the other systems'.
+    With one run of each it is `gap_closed`. Few runs understate what a seed does: the variance of a resampled mean of
+    R runs is (R - 1) / R of the unbiased estimate, two thirds of it for three.
+
+    Args:
+      floors, methods, oracles: one float[D] for every run of the system, nats of each dialogue as in `gap_closed`. The
+        systems may have different numbers of runs.
+      num_bytes: float[D], UTF-8 bytes of the replies.
+      num_samples: resamples.
+      seed: of the resampling.
+
+    Raises:
+      ValueError: lengths differ, no dialogues, a dialogue without bytes, or a system without runs.
+    """
+    systems = (floors, methods, oracles)
+    if not all(len(runs) for runs in systems):
+        raise ValueError(f"gap_closed needs a run of every system, got {[len(runs) for runs in systems]}")
+    columns_DK = bootstrap.columns(*floors, *methods, *oracles, num_bytes)
+    if not np.all(columns_DK[:, -1] > 0):
         raise ValueError("gap_closed needs at least one byte in every dialogue")
+    ends = np.cumsum([len(runs) for runs in systems])
+
+    def means_of_runs(sums: Array, weights: Sequence[Array]) -> Array:
+        runs = np.split(sums[..., :-1], ends[:-1], axis=-1)
+        means = [np.sum(values * weight, axis=-1) for values, weight in zip(runs, weights, strict=True)]
+        return np.stack([*means, sums[..., -1]], axis=-1)
 
     def oracle_gap(sums: Array) -> Array:
         return (sums[..., 0] - sums[..., 2]) / (math.log(2) * sums[..., 3])
@@ -286,16 +331,51 @@ def gap_closed(
         # The bytes are the same for all three systems and cancel.
         return (sums[..., 0] - sums[..., 1]) / (sums[..., 0] - sums[..., 2])
 
-    sums_K = columns_DK.sum(axis=0)
-    sums_SK = _resampled_sums(columns_DK, num_samples, seed)
-    gap_S = oracle_gap(sums_SK)
+    rng = np.random.default_rng([seed, len(systems)])
+    resampled = [bootstrap.resampled_weights(len(runs), num_samples, rng) for runs in systems]
+    sums_4 = means_of_runs(columns_DK.sum(axis=0), [np.full(len(runs), 1 / len(runs)) for runs in systems])
+    sums_S4 = means_of_runs(bootstrap.resampled_sums(columns_DK, num_samples, seed), resampled)
+    gap_S = oracle_gap(sums_S4)
     standard_error = float(np.std(gap_S))
-    defined = oracle_gap(sums_K) > 0 and oracle_gap(sums_K) >= 2 * standard_error
+    defined = oracle_gap(sums_4) > 0 and oracle_gap(sums_4) >= 2 * standard_error
     return GapClosed(
-        fraction=_interval(fraction(sums_K), fraction(sums_SK[gap_S > 0])) if defined else None,
-        oracle_gap=_interval(oracle_gap(sums_K), gap_S),
+        fraction=Interval.of(fraction(sums_4), fraction(sums_S4[gap_S > 0])) if defined else None,
+        oracle_gap=Interval.of(oracle_gap(sums_4), gap_S),
         oracle_gap_standard_error=standard_error,
     )
+
+
+def label_equivalents(budgets: Sequence[float], bits: Sequence[float], value: float) -> float | None:
+    """The fewest labeled dialogues with which training on labels alone is as good as `value`.
+
+    The curve of what label budgets reach is a straight line in the logarithm of the budget between two of them. Where
+    noise makes it rise the first crossing counts, so a better value never has fewer equivalents.
+
+    Args:
+      budgets: labeled dialogues, increasing.
+      bits: bits per byte that each of them reaches.
+      value: bits per byte of a method.
+
+    Returns:
+      Labeled dialogues, or None where the curve does not say: the value is worse than the smallest budget's or better
+      than every budget's.
+
+    Raises:
+      ValueError: as many budgets as bits and at least one are needed, the budgets positive and increasing, and all of
+        them numbers.
+    """
+    x_B, bits_B = np.asarray(budgets, np.float64), np.asarray(bits, np.float64)
+    if x_B.ndim != 1 or not x_B.size or x_B.shape != bits_B.shape:
+        raise ValueError(f"label_equivalents needs a value per budget, got {list(x_B.shape)} and {list(bits_B.shape)}")
+    if not (x_B[0] > 0 and np.all(np.diff(x_B) > 0) and np.isfinite([*x_B, *bits_B, value]).all()):
+        raise ValueError("label_equivalents needs positive increasing budgets and finite bits per byte")
+    reached = np.flatnonzero(bits_B <= value)
+    if value > bits_B[0] or not reached.size:
+        return None
+    if (at := int(reached[0])) == 0:
+        return float(x_B[0])
+    share = (bits_B[at - 1] - value) / (bits_B[at - 1] - bits_B[at])
+    return float(x_B[at - 1] * (x_B[at] / x_B[at - 1]) ** share)
 
 
 @functools.cache
@@ -328,30 +408,3 @@ def _ngram_counts(replies: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 def _hash(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
-
-
-def _columns(*columns: ArrayLike) -> Array:
-    """Stacks K per-dialogue arrays to float64[D, K]."""
-    arrays = [np.asarray(column, np.float64) for column in columns]
-    shapes = {array.shape for array in arrays}
-    if len(shapes) > 1 or arrays[0].ndim != 1 or not arrays[0].size:
-        raise ValueError(f"a bootstrap needs one number per dialogue in every array, got shapes {sorted(shapes)}")
-    return np.stack(arrays, axis=1)
-
-
-def _resampled_sums(columns_DK: Array, num_samples: int, seed: int) -> Array:
-    """Sums of the columns over dialogues drawn with replacement: float64[num_samples, K]."""
-    num_dialogues = len(columns_DK)
-    probabilities = np.full(num_dialogues, 1 / num_dialogues)
-    rng = np.random.default_rng(seed)
-    chunks = []
-    for start in range(0, num_samples, _BOOTSTRAP_CHUNK):
-        size = min(_BOOTSTRAP_CHUNK, num_samples - start)
-        # D draws with replacement, as the number of times that each dialogue was drawn.
-        chunks.append(rng.multinomial(num_dialogues, probabilities, size=size) @ columns_DK)
-    return np.concatenate(chunks)
-
-
-def _interval(value: Array | np.float64, samples: Array) -> Interval:
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return Interval(float(value), float(low), float(high))

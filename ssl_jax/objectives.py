@@ -7,23 +7,45 @@ import jax.numpy as jnp
 
 from ssl_jax import config
 
-NAMES = ("supervised", "lm", "pseudo")
+NAMES = ("supervised", "lm", "pseudo", "back_translation", "backward")
 """The objective of each stream, in the order of the numbers in a batch's `stream` array."""
 
-STREAM_IDS = {"labeled": 0, "raw": 1, "pseudo": 2}
+STREAM_IDS = {"labeled": 0, "raw": 1, "pseudo": 2, "translated": 3, "backward": 4}
 """Rows of these streams are trained with the objective of the same number."""
+
+
+def ramp(step: jax.Array, first: int, steps: float) -> jax.Array:
+    """exp(-5 (1 - t)^2), t the elapsed fraction of `steps` steps from `first` on (Laine & Aila 2017, section 3).
+
+    A young student is not to be drowned in a young teacher's labels.
+    """
+    elapsed = jnp.clip((step - first) / max(1.0, steps), 0.0, 1.0)
+    return jnp.exp(-5.0 * jnp.square(1.0 - elapsed))
 
 
 def weights(settings: config.Objectives, step: jax.Array, *, first_round: int, total_steps: int) -> jax.Array:
     """Weight of every objective at `step`, float32 in the order of `NAMES`.
 
-    The weight of pseudo-labels rises from the first round on as exp(-5 (1 - t)^2), t the elapsed fraction of the ramp
-    (Laine & Aila 2017, section 3): a young student is not to be drowned in a young teacher's labels.
+    What a model made up, replies as contexts, weighs more and more from the first round on; raw text goes evenly from
+    `lm` to `lm_final`.
     """
-    ramp_steps = max(1.0, settings.pseudo_ramp * total_steps)
-    elapsed = jnp.clip((step - first_round) / ramp_steps, 0.0, 1.0)
-    ramp = jnp.exp(-5.0 * jnp.square(1.0 - elapsed))
-    return jnp.stack([jnp.float32(settings.supervised), jnp.float32(settings.lm), settings.pseudo * ramp])
+    rising = ramp(step, first_round, settings.pseudo_ramp * total_steps)
+    lm = jnp.float32(settings.lm)
+    if settings.lm_final is not None:
+        lm += (settings.lm_final - settings.lm) * step / max(1, total_steps - 1)
+    by_name = {
+        "supervised": jnp.float32(settings.supervised),
+        "lm": lm,
+        "pseudo": settings.pseudo * rising,
+        "back_translation": settings.back_translation * rising,
+        "backward": jnp.float32(settings.backward),
+    }
+    return jnp.stack([by_name[name] for name in NAMES])
+
+
+def distillation_weight(settings: config.Distillation, step: jax.Array, *, total_steps: int) -> jax.Array:
+    """Weight of the teachers' soft labels at `step`, float32: it rises from the first step on."""
+    return settings.weight * ramp(step, 0, settings.ramp * total_steps)
 
 
 def token_weights(stream_B: jax.Array, loss_weights_BT: jax.Array, objective_weights: jax.Array) -> jax.Array:
@@ -41,6 +63,23 @@ def objective_sums(stream_B: jax.Array, values_BT: jax.Array) -> jax.Array:
     """Sum of `values_BT` over the rows of every objective, float32 in the order of `NAMES`."""
     is_objective = stream_B[:, None] == jnp.arange(len(NAMES))[None, :]
     return jnp.sum(jnp.sum(values_BT, axis=1)[:, None] * is_objective, axis=0, dtype=jnp.float32)
+
+
+def soft_weights(
+    stream_B: jax.Array, loss_weights_BT: jax.Array, taught: tuple[int, ...], weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Per-token factors `[B, T]` of the teachers' soft labels, whose sum is `weight`, and what they count in all.
+
+    Args:
+      stream_B: int32, the stream of every row.
+      loss_weights_BT: float32; a token counts for a soft label as it does for its own.
+      taught: numbers of the streams that are taught.
+      weight: float32 scalar.
+    """
+    is_taught_B = jnp.any(stream_B[:, None] == jnp.array(taught)[None, :], axis=1)
+    counted_BT = loss_weights_BT * is_taught_B[:, None]
+    count = jnp.sum(counted_BT)
+    return counted_BT * jnp.where(count > 0, weight / jnp.maximum(count, 1e-9), 0.0), count
 
 
 def replace_tokens(

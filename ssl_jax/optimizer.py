@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import optax
 import optax.contrib
@@ -9,14 +12,24 @@ import optax.contrib
 from ssl_jax import config
 
 
-def learning_rate_schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedule:
+def learning_rate_schedule(
+    settings: config.Optimizer, total_steps: int, restarts: Sequence[int] = ()
+) -> optax.Schedule:
     """Linear warm-up to the peak, then the decay that `lr_scheduler_type` names.
 
-    A `warmup_steps` below 1 is a fraction of `total_steps`, as in Hugging Face's `TrainingArguments`.
+    A `warmup_steps` below 1 is a fraction of the steps, as in Hugging Face's `TrainingArguments`. Every step of
+    `restarts` begins a schedule of its own, and the one before ends there: what is trained from it on is another
+    student, or is fine-tuned.
     """
-    warmup = settings.warmup_steps if settings.warmup_steps >= 1 else settings.warmup_steps * total_steps
-    warmup = min(round(warmup), total_steps)
-    peak, decay_steps = settings.learning_rate, max(1, total_steps - warmup)
+    edges = (0, *restarts, total_steps)
+    schedules = [_one_schedule(settings, stop - start) for start, stop in itertools.pairwise(edges)]
+    return optax.join_schedules(schedules, list(restarts))
+
+
+def _one_schedule(settings: config.Optimizer, steps: int) -> optax.Schedule:
+    warmup = settings.warmup_steps if settings.warmup_steps >= 1 else settings.warmup_steps * steps
+    warmup = min(round(warmup), steps)
+    peak, decay_steps = settings.learning_rate, max(1, steps - warmup)
     match settings.lr_scheduler_type:
         case "cosine":
             decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=settings.min_lr_ratio)
@@ -29,17 +42,19 @@ def learning_rate_schedule(settings: config.Optimizer, total_steps: int) -> opta
     return optax.join_schedules([start, decay], [warmup])
 
 
-def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(settings: config.Optimizer) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) that decays matrices only; or Muon.
 
     Muon (Jordan et al. 2024) orthogonalizes the update of every matrix inside the blocks and leaves embeddings, biases
     and norms to AdamW. Its updates are scaled to the size of AdamW's (`consistent_rms` 0.2, Liu et al. 2025, arXiv
     2502.16982), so learning rate and weight decay keep their meaning.
+
+    The updates are those of a learning rate of 1; the step multiplies them by the rate of its own number, which goes on
+    where a new student's moments begin anew.
     """
-    schedule = learning_rate_schedule(settings, total_steps)
     if settings.name == "adamw":
         update = optax.adamw(
-            schedule,
+            1.0,
             b1=settings.b1,
             b2=settings.b2,
             eps=settings.eps,
@@ -48,7 +63,7 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.Gradie
         )
     else:
         update = optax.contrib.muon(
-            schedule,
+            1.0,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             weight_decay_mask=decay_mask,

@@ -64,7 +64,11 @@ def initial_params(settings: config.Config, shape: model.GPT2, mesh: jax.shardin
 
     assert settings.model.init_from is not None and settings.tokenizer.name_or_path is not None
     directory = huggingface.locate(settings.model.init_from)
-    tokenizer = DialogueTokenizer.load(settings.tokenizer.name_or_path, template=settings.tokenizer.template)
+    tokenizer = DialogueTokenizer.load(
+        settings.tokenizer.name_or_path,
+        template=settings.tokenizer.template,
+        direction_tokens=settings.tokenizer.direction_tokens,
+    )
     return _read(directory, shape, tokenizer, mesh)
 
 

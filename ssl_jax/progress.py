@@ -62,10 +62,10 @@ class Window:
         self._since = now
 
     def means(self) -> dict[str, float]:
-        """Mean loss, and per objective the mean over its tokens; the newest learning rate and gradient norm."""
+        """Mean loss, and per loss term the mean over its tokens; the newest learning rate and gradient norm."""
         newest = self._rows[-1]
         values = {"loss": float(np.mean([row["loss"] for row in self._rows]))}
-        for name in objectives.NAMES:
+        for name in (key.removeprefix("tokens/") for key in newest if key.startswith("tokens/")):
             counts = np.array([row[f"tokens/{name}"] for row in self._rows])
             if counts.sum() > 0:
                 losses = np.array([row[f"loss/{name}"] for row in self._rows])

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ssl_jax import losses, model, objectives
+from ssl_jax import distillation, losses, model, objectives, terms
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -23,7 +23,7 @@ Metrics = dict[str, jax.Array]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "ema", "optimizer_state", "skipped"],
+    data_fields=["step", "params", "ema", "optimizer_state", "skipped", "confidence"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class TrainState:
       ema: exponential moving average of the parameters in float32, or None.
       optimizer_state: optax's.
       skipped: int32, updates in a row that were skipped because loss or gradient was not finite.
+      confidence: running statistics of the teachers' certainty, or None without teachers.
     """
 
     step: jax.Array
@@ -43,6 +44,7 @@ class TrainState:
     ema: model.Params | None
     optimizer_state: Any
     skipped: jax.Array
+    confidence: distillation.Confidence | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,9 @@ class StepSettings:
       accumulation: micro-batches per step; the result is that of one large batch.
       token_replacement: rate of random input tokens.
       ema_decay: 0 keeps no average.
+      births: steps at which a new student began, whose average is young again.
+      r_drop: weight of the divergence between two passes with different dropout; 0: there is one pass.
+      teaching: the teachers, or None.
     """
 
     objective_weights: Callable[[jax.Array], jax.Array]
@@ -62,12 +67,15 @@ class StepSettings:
     accumulation: int = 1
     token_replacement: float = 0.0
     ema_decay: float = 0.0
+    births: tuple[int, ...] = ()
+    r_drop: float = 0.0
+    teaching: terms.Teaching | None = None
 
 
 def init_state(
     shape: model.GPT2,
     optimizer: optax.GradientTransformation,
-    ema_decay: float,
+    settings: StepSettings,
     key: jax.Array,
     params: model.Params | None = None,
 ) -> TrainState:
@@ -76,9 +84,10 @@ def init_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params) if ema_decay else None,
+        ema=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params) if settings.ema_decay else None,
         optimizer_state=optimizer.init(params),
         skipped=jnp.zeros((), jnp.int32),
+        confidence=distillation.initial_confidence(shape.vocab_size) if settings.teaching else None,
     )
 
 
@@ -89,36 +98,52 @@ def train_step(
     state: TrainState,
     batch: Batch,
     key: jax.Array,
+    teachers: Sequence[model.Params] = (),
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step.
 
     Args:
       shape: the model.
-      optimizer: optax.
+      optimizer: optax, for a learning rate of 1.
       settings: static settings.
       state: donated by the caller's jit.
       batch: rows of all streams.
       key: the run's PRNG key; folded with the step here, so a step's randomness is a function of (seed, step).
+      teachers: parameters of every teacher of `settings.teaching` but the average, in its order.
 
     Returns:
-      The next state, and scalars: `loss` (Σ weight × objective), `loss/<objective>` (mean nats per token),
-      `tokens/<objective>` (sum of loss weights), `weight/<objective>`, `grad_norm`, `lr`, `skipped`. If the loss or
+      The next state, and scalars: `loss` (the weighted sum of all terms), for every term `loss/<term>` (mean nats per
+      token), `tokens/<term>` (sum of loss weights) and `weight/<term>`, and `grad_norm`, `lr`, `skipped`. Terms are the
+      objectives, `distillation` (divergence from the teachers, and how they see it: `distillation/confidence`, mean
+      probability of the likeliest token, `distillation/token_weight`) and `r_drop`, where they are on. If the loss or
       the gradient is not finite, the state stays as it was but for `step` and `skipped`.
     """
     key = jax.random.fold_in(key, state.step)
     objective_weights = settings.objective_weights(state.step)
-    factors_BT = objectives.token_weights(batch["stream"], batch["loss_weights"], objective_weights)
-    gradients, loss, nll_sums = _gradients(shape, settings, state.params, {**batch, "factors": factors_BT}, key)
+    batch = {**batch, "factors": objectives.token_weights(batch["stream"], batch["loss_weights"], objective_weights)}
+    teaching, taught = settings.teaching, jnp.zeros(())
+    if teaching is not None:
+        weight = teaching.weight(state.step)
+        batch["soft_factors"], taught = objectives.soft_weights(
+            batch["stream"], batch["loss_weights"], teaching.streams, weight
+        )
+    gradients, sums = _gradients(shape, settings, state, _all_teachers(settings, state, teachers), batch, key)
 
     grad_norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    rate = jnp.float32(settings.schedule(state.step))
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
     ema = None
     if state.ema is not None:
         # Young averages follow quickly, so that the first evaluations are not of the initial weights.
-        decay = jnp.minimum(settings.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        born = functools.reduce(lambda last, at: jnp.where(state.step >= at, at, last), settings.births, 0)
+        age = state.step - born
+        decay = jnp.minimum(settings.ema_decay, (1.0 + age) / (10.0 + age))
         ema = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), state.ema, params)
+    confidence = state.confidence
+    if teaching is not None and confidence is not None:
+        confidence = distillation.updated(confidence, teaching.confidence_decay, sums.statistics)
 
     def keep_if_finite(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -129,15 +154,25 @@ def train_step(
         ema=keep_if_finite(ema, state.ema),
         optimizer_state=keep_if_finite(optimizer_state, state.optimizer_state),
         skipped=jnp.where(finite, 0, state.skipped + 1),
+        confidence=keep_if_finite(confidence, state.confidence),
     )
     counts = objectives.objective_sums(batch["stream"], batch["loss_weights"])
-    means = nll_sums / jnp.maximum(counts, 1e-9)
-    metrics = {"loss": loss, "grad_norm": grad_norm, "lr": jnp.float32(settings.schedule(state.step))}
-    for number, name in enumerate(objectives.NAMES):
-        metrics[f"loss/{name}"] = means[number]
-        metrics[f"tokens/{name}"] = counts[number]
-        metrics[f"weight/{name}"] = objective_weights[number]
-    return next_state, {**metrics, "skipped": next_state.skipped}
+    reported = {
+        name: (sums.nll[number], counts[number], objective_weights[number])
+        for number, name in enumerate(objectives.NAMES)
+    }
+    metrics = {"loss": sums.loss, "grad_norm": grad_norm, "lr": rate, "skipped": next_state.skipped}
+    if teaching is not None:
+        reported["distillation"] = (sums.divergence, taught, teaching.weight(state.step))
+        metrics["distillation/confidence"] = sums.statistics.confidence / jnp.maximum(sums.statistics.count, 1.0)
+        metrics["distillation/token_weight"] = sums.token_weight / jnp.maximum(taught, 1e-9)
+    if settings.r_drop:
+        reported["r_drop"] = (sums.r_drop, jnp.sum(counts), jnp.float32(settings.r_drop))
+    for name, (total, count, weight) in reported.items():
+        metrics[f"loss/{name}"] = total / jnp.maximum(count, 1e-9)
+        metrics[f"tokens/{name}"] = count
+        metrics[f"weight/{name}"] = weight
+    return next_state, metrics
 
 
 def score(shape: model.GPT2, params: model.Params, batch: Batch) -> jax.Array:
@@ -147,10 +182,24 @@ def score(shape: model.GPT2, params: model.Params, batch: Batch) -> jax.Array:
     return losses.token_nll(hidden, embedding, batch["targets"], shape.vocab_size)
 
 
+def _all_teachers(settings: StepSettings, state: TrainState, teachers: Sequence[model.Params]) -> list[model.Params]:
+    """Parameters of every teacher, the running average among them."""
+    if settings.teaching is None:
+        return []
+    given = iter(teachers)
+    known = [state.ema if shape is None else next(given) for shape in settings.teaching.shapes]
+    return [params for params in known if params is not None]
+
+
 def _gradients(
-    shape: model.GPT2, settings: StepSettings, params: model.Params, batch: Batch, key: jax.Array
-) -> tuple[model.Params, jax.Array, jax.Array]:
-    """Gradients, loss and per-objective sums of negative log-likelihoods, over all micro-batches.
+    shape: model.GPT2,
+    settings: StepSettings,
+    state: TrainState,
+    teachers: Sequence[model.Params],
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[model.Params, terms.Sums]:
+    """Gradients and sums over all micro-batches.
 
     The factors already hold the global means' denominators, so micro-batches simply add up.
     """
@@ -160,17 +209,15 @@ def _gradients(
         tokens = objectives.replace_tokens(
             replace_key, batch["tokens"], batch["segment_ids"], settings.token_replacement, shape.vocab_size
         )
-        hidden = model.forward(shape, params, tokens, batch["positions"], batch["segment_ids"], dropout_key)
-        embedding = model.output_embedding(params, hidden.dtype)
-        loss, nll_BT = losses.weighted_cross_entropy(
-            hidden, embedding, batch["targets"], batch["factors"], shape.vocab_size
-        )
-        return loss, objectives.objective_sums(batch["stream"], nll_BT * batch["loss_weights"])
+        fed = {**batch, "fed": tokens}
+        teaching = settings.teaching and settings.teaching.of_micro_batches(settings.accumulation)
+        sums = terms.total(shape, params, fed, dropout_key, settings.r_drop, teaching, teachers, state.confidence)
+        return sums.loss, sums
 
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
     if settings.accumulation == 1:
-        (loss, nll_sums), gradients = gradient_of(params, batch, key)
-        return gradients, loss, nll_sums
+        (_, sums), gradients = gradient_of(state.params, batch, key)
+        return gradients, sums
 
     # Rows r, r + A, … form micro-batch r: every device keeps its own rows, whatever the accumulation.
     micro = jax.tree.map(
@@ -179,10 +226,10 @@ def _gradients(
 
     def add(carry, xs):
         micro_batch, number = xs
-        (loss, nll_sums), gradients = gradient_of(params, micro_batch, jax.random.fold_in(key, number))
-        return jax.tree.map(jnp.add, carry, (gradients, loss, nll_sums)), None
+        (_, sums), gradients = gradient_of(state.params, micro_batch, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    start = (zeros, jnp.zeros((), jnp.float32), jnp.zeros(len(objectives.NAMES), jnp.float32))
-    (gradients, loss, nll_sums), _ = jax.lax.scan(add, start, (micro, jnp.arange(settings.accumulation)))
-    return gradients, loss, nll_sums
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params)
+    start = (zero, terms.Sums.zero(len(objectives.NAMES)))
+    (gradients, sums), _ = jax.lax.scan(add, start, (micro, jnp.arange(settings.accumulation)))
+    return gradients, sums

@@ -13,6 +13,7 @@ from typing import Any
 
 from ssl_jax import command_line, pretrained, workdir
 from ssl_jax.config import Config
+from ssl_jax.evaluation.tables import metric_lines
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,16 +43,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def show(summary: dict[str, Any], directory: Path) -> None:
-    """Prints the final metrics beside the human ones, and what to type next."""
-    human = summary["human"]
-    rows = [("metric", summary["split"].removeprefix("labeled_"), "human")]
-    rows += [
-        (name, f"{value:.4f}", f"{human[name]:.4f}" if name in human else "")
-        for name, value in summary["evaluation"].items()
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    """Prints the final metrics, the human ones and the distance to them, and what to type next."""
+    for line in metric_lines(summary["split"].removeprefix("labeled_"), summary["evaluation"], summary["human"]):
+        print(line)
     tokens = ", ".join(f"{count:,} {name}" for name, count in summary["tokens_by_stream"].items() if count)
     print(f"\ntokens: {tokens}; checkpoint {summary['checkpoint']} of {summary['steps']}; results in {directory}")
     where = shlex.quote(str(directory))

@@ -15,6 +15,7 @@ from ssl_jax.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 PSEUDO_LABELS = "pseudo_labels"
+BACK_TRANSLATIONS = "back_translations"
 TOKENIZER = "tokenizer"
 DATA = "data.json"
 

@@ -118,9 +118,8 @@ def test_rounds_without_prompts(refused: Refused, config: Path) -> None:
 
 
 def test_prompts_that_no_round_answers(refused: Refused, config: Path) -> None:
-    rewrite(
-        config, data={"unlabeled": [{"path": str(config.with_name("prompts.jsonl"))}]}, pseudo_labels={"rounds": []}
-    )
+    prompts = {"unlabeled": [{"path": str(config.with_name("prompts.jsonl"))}]}
+    rewrite(config, data=prompts, pseudo_labels={"rounds": []}, train={"prompts_as_text": False})
     message = refused(train.main, "--config", str(config))
     assert "prompts but no raw text to learn from; set --pseudo-labels.rounds 0.5" in message
 

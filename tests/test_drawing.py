@@ -97,6 +97,21 @@ def test_a_reply_in_refilled_rows_is_what_its_prompt_gets_alone() -> None:
         )
 
 
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_prompts_drawn_in_parts_with_their_numbers_get_what_they_get_together(batch_size: int) -> None:
+    """In step and in refilled rows; without the numbers the later part would get the keys of the first."""
+    prompts = random_prompts(5, 9)
+    together = by_job(drawer(PLAIN).draw(prompts, batch_size))
+    for part in (range(4), range(4, 9)):
+        alone = by_job(drawer(PLAIN).draw([prompts[number] for number in part], batch_size, numbers=part))
+        assert_same(
+            {(part[prompt], reply): one for (prompt, reply), one in alone.items()},
+            {job: one for job, one in together.items() if job[0] in part},
+        )
+    other = by_job(drawer(PLAIN).draw(prompts[4:], batch_size))
+    assert any(not np.array_equal(other[n, 0].tokens, together[n + 4, 0].tokens) for n in range(5))
+
+
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_every_prompt_is_answered_whatever_the_batch(batch_size: int) -> None:
     prompts = random_prompts(3, 9)

@@ -13,14 +13,14 @@ import stand_in
 import tiny
 
 import ssl_jax
-from ssl_jax import evaluate, evaluation, files
+from ssl_jax import evaluate, files
 from ssl_jax.config import Evaluation, Sampling
 from ssl_jax.data.store import Prepared
-from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.dialogue_model import DialogueModel
 from ssl_jax.errors import UserError
+from ssl_jax.evaluation import measure
 
-LITTLE = ("--recall-examples", "0", "--generated-replies", "0")
+LITTLE = ("--recall-examples", "0", "--generated-replies", "0", "--coherence-examples", "0")
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def read(path: Path) -> Any:
 
 def quick(model: DialogueModel, prepared: Prepared, count: int, rows: int) -> dict[str, float]:
     encoded, lengths = prepared.encoded("labeled_dev"), prepared.lengths("labeled_dev")
-    return evaluation.quick(model, encoded, lengths, count, rows=rows)
+    return measure.quick(model, encoded, lengths, count, rows=rows)
 
 
 def full(model: DialogueModel, prepared: Prepared, split: str, settings: Evaluation) -> dict[str, Any]:
     text_of = functools.partial(prepared.dialogue, split)
-    return evaluation.full(model, prepared.encoded(split), text_of, settings, rows=8)
+    return measure.full(model, prepared.encoded(split), text_of, settings, rows=8)
 
 
 def copy_of_run(folder: Path) -> Path:
@@ -69,7 +69,7 @@ def test_the_command_repeats_the_evaluation_at_the_end_of_training(
     after = read(run / "eval_test.json")
     assert after.pop("model") == str(run)
     assert after == {name: value for name, value in before.items() if name in after}
-    assert {"split", "metrics", "human", "counts", "dialogues"} <= after.keys()
+    assert {"split", "metrics", "human", "distance_to_human", "coherence", "counts", "dialogues"} <= after.keys()
     printed = capsys.readouterr().out
     assert all(name in printed for name in after["metrics"]) and str(run / "eval_test.json") in printed
 
@@ -161,7 +161,7 @@ def test_the_process_ends_with_code_0(tmp_path: Path) -> None:
 
 
 def test_the_quick_evaluation_is_the_full_one_where_it_covers_all(model: DialogueModel, prepared: Prepared) -> None:
-    settings = Evaluation(recall_examples=0, generated_replies=0)
+    settings = Evaluation(recall_examples=0, generated_replies=0, coherence_examples=0)
     everything = full(model, prepared, "labeled_dev", settings)["metrics"]
     assert quick(model, prepared, 10_000, rows=8) == pytest.approx(everything, rel=1e-6)
 
@@ -191,16 +191,3 @@ def test_true_replies_are_their_own_human_reference(model: DialogueModel, prepar
                           sampling=Sampling(max_new_tokens=16))  # fmt: skip
     human = full(model, prepared, "labeled_test", settings)["human"]
     assert human["length_ratio"] == 1.0
-
-
-def test_reply_pairs_are_the_answers_to_user_turns() -> None:
-    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
-    dialogue = Dialogue(tuple(Turn(role, content) for role, content in turns), id="x")  # pyright: ignore[reportArgumentType]
-    pairs = evaluation.reply_pairs(dialogue)
-    assert [(len(context.turns), reply) for context, reply in pairs] == [(2, "b"), (5, "e")]
-
-
-def test_the_choice_of_replies_is_the_same_for_every_run_and_in_order() -> None:
-    chosen = evaluation.choose(1000, 50)
-    assert chosen == evaluation.choose(1000, 50) == sorted(set(chosen)) and len(chosen) == 50
-    assert evaluation.choose(3, 50) == [0, 1, 2]

@@ -86,6 +86,14 @@ def test_several_replies_to_a_prompt_differ(capsys: pytest.CaptureFixture[str]) 
     assert len(rows) == 4 and len({row["reply"] for row in rows}) > 1
 
 
+def test_the_best_candidate_is_one_of_the_replies_that_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the log p that the reply has, not the score that it was chosen by; one candidate is no choice."""
+    drawn = replies(capsys, "--prompt", PROMPT, "--num-return-sequences", "4")
+    (best,) = replies(capsys, "--prompt", PROMPT, "--candidates", "4", "--prior-weight", "1")
+    assert best in drawn and list(best) == list(drawn[0])
+    assert replies(capsys, "--prompt", PROMPT, "--candidates", "1") == replies(capsys, "--prompt", PROMPT)
+
+
 def test_a_prompt_that_spells_control_tokens_is_text(capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "".join(CONTROL_TOKENS) + "hi"
     (row,) = replies(capsys, "--prompt", prompt)
@@ -136,6 +144,11 @@ def test_a_prompt_that_fits_is_answered_without_a_note(capsys: pytest.CaptureFix
         (["--prompt", PROMPT, "--num-beams", "3"], "set do_sample to false"),
         (["--prompt", PROMPT, "--num-beams", "2", "--do-sample", "false", "--stream"], "nothing to show"),
         (["--prompt", PROMPT, "--sequence-bias", "{well: much}"], "sequence_bias.well"),
+        (["--prompt", PROMPT, "--candidates", "4", "--stream"], "nothing can be shown before all are drawn"),
+        (["--chat", "--candidates", "4"], "nothing can be shown before all are drawn"),
+        (["--prompt", PROMPT, "--candidates", "4", "--do-sample", "false", "--num-beams", "2"], "or candidates 1"),
+        (["--prompt", PROMPT, "--candidates", "4", "--backward-weight", "1"], "tokenizer.direction_tokens true"),
+        (["--prompt", PROMPT, "--backward-weight", "1"], "set candidates to 2 or more"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: list[str], expected: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import yaml
 
-from ssl_jax import evaluation, generate, loading
+from ssl_jax import generate, loading
 from ssl_jax import model as gpt2
 from ssl_jax.config import Config, Evaluation, Sampling, Train
 from ssl_jax.conversation import as_prompt
@@ -25,6 +25,7 @@ from ssl_jax.data.store import Prepared
 from ssl_jax.data.tokenizer import EncodedDialogue
 from ssl_jax.dialogue import Dialogue
 from ssl_jax.dialogue_model import DialogueModel
+from ssl_jax.evaluation import measure
 from ssl_jax.loop import Run
 from ssl_jax.signals import Signals
 
@@ -278,5 +279,5 @@ def test_the_final_evaluation_counts_what_is_longer_than_the_context(model: Dial
         recall_examples=0, generated_replies=3, max_prompt_tokens=64, sampling=Sampling(max_new_tokens=16)
     )
     encoded = [model.tokenizer.encode(dialogue)]
-    counts = evaluation.full(model, encoded, lambda _: dialogue, settings, rows=8)["counts"]
+    counts = measure.full(model, encoded, lambda _: dialogue, settings, rows=8)["counts"]
     assert counts == {"dialogues": 1, "longer_than_context": 1, "replies": 3, "contexts_cut_before_a_reply": 3}

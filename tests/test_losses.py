@@ -134,6 +134,6 @@ def test_no_chunk_is_much_larger_than_asked_and_all_cover_the_time_once(rows, le
     """Memory is the reason for chunks: a chunk holds at most half again what was asked (or one place of all rows)."""
     times = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
     with mock.patch.object(losses, "CHUNK_TOKENS", 100):
-        (cut,) = losses._chunks(times)
+        (cut,) = losses.chunks(times)
     assert cut.shape[1] == rows and cut.shape[1] * cut.shape[2] <= max(150, 2 * rows)
-    np.testing.assert_array_equal(losses._unchunk(cut, length), times)
+    np.testing.assert_array_equal(losses.unchunk(cut, length), times)

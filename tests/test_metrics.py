@@ -325,3 +325,139 @@ def test_gap_closed_is_undefined_without_a_clear_gap(oracle: list[float], gap: f
 def test_gap_closed_refuses_dialogues_without_bytes() -> None:
     with pytest.raises(ValueError, match="byte"):
         metrics.gap_closed([2.0], [1.5], [1.0], [0])
+
+
+def test_gap_closed_over_seeds_with_one_run_each_is_gap_closed() -> None:
+    """To the last bit: the same dialogues are drawn, and a single run is drawn every time."""
+    rng = np.random.default_rng(0)
+    floor, method, oracle = rng.uniform(5, 9, 30) + rng.normal([[3], [2], [0]], 0.5, (3, 30))
+    num_bytes = rng.integers(1, 9, 30)
+    single = metrics.gap_closed(floor, method, oracle, num_bytes, num_samples=700, seed=4)
+    assert single == metrics.gap_closed_over_seeds([floor], [method], [oracle], num_bytes, num_samples=700, seed=4)
+
+
+def test_gap_closed_over_seeds_is_of_the_mean_over_runs() -> None:
+    """Totals of 12 and 16, of 10, and of 5, 6 and 7: (14 - 10) / (14 - 6) of the way, over 8 nats and 4 bytes."""
+    floors, methods = [[4.0, 8.0], [6.0, 10.0]], [[5.0, 5.0]]
+    oracles = [[2.5, 2.5], [3.0, 3.0], [3.0, 4.0]]
+    result = metrics.gap_closed_over_seeds(floors, methods, oracles, [1, 3], num_samples=200)
+    assert result.fraction is not None
+    assert result.fraction.value == pytest.approx(0.5)
+    assert result.oracle_gap.value == pytest.approx(8 / math.log(2) / 4)
+
+
+def test_gap_closed_over_seeds_resamples_dialogues_and_runs() -> None:
+    """Its intervals are those of loops that draw dialogues for all and runs for each system."""
+    rng = np.random.default_rng(1)
+    hard = rng.uniform(5, 9, 12)
+    floors, methods, oracles = (
+        [hard + mean + rng.normal(0, 0.3) + rng.normal(0, 0.2, 12) for _ in range(runs)]
+        for mean, runs in ((3, 3), (1.5, 2), (0, 4))
+    )
+    num_bytes = rng.integers(1, 5, 12)
+    shares, gaps = [], []
+    for _ in range(4000):
+        dialogues = rng.integers(12, size=12)
+        floor, method, oracle = (
+            np.mean([system[run][dialogues].sum() for run in rng.integers(len(system), size=len(system))])
+            for system in (floors, methods, oracles)
+        )
+        shares.append((floor - method) / (floor - oracle))
+        gaps.append((floor - oracle) / math.log(2) / num_bytes[dialogues].sum())
+    result = metrics.gap_closed_over_seeds(floors, methods, oracles, num_bytes, num_samples=20_000)
+    assert result.fraction is not None
+    for interval, samples in ((result.fraction, shares), (result.oracle_gap, gaps)):
+        width = interval.high - interval.low
+        assert [interval.low, interval.high] == pytest.approx(np.quantile(samples, [0.025, 0.975]), abs=0.06 * width)
+    assert result.oracle_gap_standard_error == pytest.approx(np.std(gaps), rel=0.06)
+
+
+def test_runs_that_differ_widen_the_interval() -> None:
+    """The same mean over runs, with and without a spread between them."""
+    floor, oracle = np.full(20, 4.0) + np.arange(20) % 3, np.full(20, 2.0)
+    same, apart = (
+        metrics.gap_closed_over_seeds(
+            [floor], [floor - 1 - spread, floor - 1 + spread], [oracle], np.ones(20), num_samples=500
+        ).fraction
+        for spread in (0.0, 0.5)
+    )
+    assert same is not None and apart is not None and same.value == pytest.approx(apart.value)
+    assert apart.high - apart.low > 2 * (same.high - same.low)
+
+
+@pytest.mark.parametrize(
+    ("methods", "num_bytes", "message"),
+    [([], [1, 1], "a run of every system"), ([[1.0]], [1, 1], "shapes"), ([[1.0, 1.0]], [1, 0], "byte")],
+)
+def test_gap_closed_over_seeds_refuses_what_it_cannot_compare(methods: list, num_bytes: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        metrics.gap_closed_over_seeds([[2.0, 2.0]], methods, [[1.0, 1.0]], num_bytes)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3.0, 100.0),
+        (2.0, 400.0),
+        # Half of the way from 3 to 2 bits is half of the logarithm from 100 to 400.
+        (2.5, 200.0),
+        # A quarter of the way from 2 to 1 bits, from 400 to 6400: two doublings of four would be one half.
+        (1.75, 800.0),
+        (1.0, 6400.0),
+        (3.01, None),
+        (0.99, None),
+    ],
+)
+def test_label_equivalents_interpolate_in_the_logarithm(value: float, expected: float | None) -> None:
+    found = metrics.label_equivalents([100, 400, 6400], [3.0, 2.0, 1.0], value)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_label_equivalents_of_a_curve_that_rises_are_the_first_crossing() -> None:
+    """100 labels reach 2 bits, 200 by accident 2.5 and 400 one: 1.9 bits are between the last two."""
+    found = metrics.label_equivalents([100, 200, 400], [2.0, 2.5, 1.0], 1.9)
+    assert found == pytest.approx(200 * 2 ** (0.6 / 1.5))
+    assert metrics.label_equivalents([100, 200, 400], [2.0, 2.5, 1.0], 2.0) == 100
+    assert metrics.label_equivalents([100, 200, 400], [2.0, 2.5, 1.0], 2.2) is None
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=6), st.floats(0, 10), st.floats(0, 10))
+def test_a_better_value_never_has_fewer_label_equivalents(bits: list[float], first: float, second: float) -> None:
+    budgets = [100.0 * 3**number for number in range(len(bits))]
+    better, worse = (metrics.label_equivalents(budgets, bits, value) for value in sorted((first, second)))
+    if better is not None and worse is not None:
+        assert budgets[0] <= worse <= better * (1 + 1e-12) and better <= budgets[-1] * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "bits"), [([], []), ([100], [1, 2]), ([100, 100], [2, 1]), ([0, 100], [2, 1]), ([1], [math.nan])]
+)
+def test_label_equivalents_refuse_what_is_no_curve(budgets: list, bits: list) -> None:
+    with pytest.raises(ValueError, match="label_equivalents"):
+        metrics.label_equivalents(budgets, bits, 1.0)
+
+
+def test_repetition_across_counts_what_an_earlier_reply_said() -> None:
+    """Half of "b c d e f" was said, "a b c d" two replies before; a lone word is no 4-gram.
+
+    What another chat said, and what a reply says twice itself, do not count.
+    """
+    chat = ["a b c d e", "b c d e f", "a b c d", "a"]
+    assert metrics.repetition_across([chat], 4) == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert metrics.repetition_across([chat, ["a b c d e", "x x x x x x"]], 4) == pytest.approx((1 / 2 + 1 + 0 + 0) / 4)
+    assert metrics.repetition_across([["a b c d"], []], 4) == 0
+
+
+@settings(deadline=None)
+@given(st.lists(replies_lists, max_size=4), lengths_of_ngram)
+def test_repetition_across_agrees_with_a_slow_count(chats: list[list[str]], n: int) -> None:
+    shares = []
+    for chat in chats:
+        ngrams = [
+            [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)] for tokens in map(metrics.words, chat)
+        ]
+        for number in range(1, len(chat)):
+            before = {ngram for reply in ngrams[:number] for ngram in reply}
+            shares.append(np.mean([one in before for one in ngrams[number]]) if ngrams[number] else 0.0)
+    assert metrics.repetition_across(chats, n) == pytest.approx(np.mean(shares) if shares else 0.0)

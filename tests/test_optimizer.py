@@ -40,12 +40,12 @@ def test_updates_equal_adamw_written_out_by_hand():
     rates = [np.asarray(schedule(jnp.int32(step))).item() for step in range(5)]
     expected = numpy_adamw(dict(params), gradients, settings, rates)
 
-    optimizer = make_optimizer(settings, 5)
+    optimizer = make_optimizer(settings)
     ours: Any = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), params)
     state, update = optimizer.init(ours), jax.jit(optimizer.update)
-    for gradient in gradients:
+    for gradient, rate in zip(gradients, rates, strict=True):
         updates, state = update(jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gradient), state, ours)
-        ours = optax.apply_updates(ours, updates)
+        ours = optax.apply_updates(ours, jax.tree.map(lambda leaf, rate=rate: rate * leaf, updates))
     for name, value in expected.items():
         np.testing.assert_allclose(ours[name], value, rtol=2e-5, atol=1e-6)
 
@@ -67,7 +67,7 @@ def test_muon_leaves_tables_biases_and_norms_to_adam_an_untied_head_included():
     rng = np.random.default_rng(0)
     params = model.init(shape, jax.random.key(0))
     gradient = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
-    optimizer = make_optimizer(Optimizer(name="muon", weight_decay=0.0), 10)
+    optimizer = make_optimizer(Optimizer(name="muon", weight_decay=0.0))
     updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
     sizes = {jax.tree_util.keystr(path): np.abs(leaf) for path, leaf in jax.tree.leaves_with_path(updates)}
     uneven = {path for path, size in sizes.items() if np.ptp(size) > 1e-3 * size.max()}

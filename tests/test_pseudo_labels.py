@@ -1,17 +1,26 @@
-"""A round keeps good replies of every length, at most one per prompt, and is there whole or not at all."""
+"""A round holds labels and where they are from, goes on where it was cut off, and is there whole or not at all."""
 
+import dataclasses
 import json
+import threading
+from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_jax import pseudo_labels
-from ssl_jax.config import PseudoLabels
+from ssl_jax import model
+from ssl_jax.config import PseudoLabels, Sampling
+from ssl_jax.data import directions
+from ssl_jax.data.tokenizer import DialogueTokenizer
 from ssl_jax.dialogue import Dialogue, Turn
-from ssl_jax.dialogue_model import Reply
-from ssl_jax.pseudo_labels import Candidate, choose_prompts, filter_candidates
+from ssl_jax.dialogue_model import DialogueModel
+from ssl_jax.pseudo_labels import drawn_pieces, rounds
+from ssl_jax.pseudo_labels.candidates import Candidate
+from ssl_jax.pseudo_labels.make import Task, _origin, choose, make_round
+from ssl_jax.replies import Reply
 
 KEEP_ALL = PseudoLabels(keep_fraction=1.0, length_buckets=1)
 
@@ -20,122 +29,12 @@ def prompt(number=0, text="what do you think of the weather today"):
     return Dialogue((Turn("user", text),), id=f"p{number}")
 
 
-def candidate(text, *, number=0, tokens=None, logprob=-5.0, finish_reason="stop", context=None):
-    question = prompt(number) if context is None else prompt(number, context)
-    return Candidate(question, reply(text, len(text.split()) if tokens is None else tokens, logprob, finish_reason))
-
-
 def reply(text: str, tokens: int, logprob: float, finish_reason: str) -> Reply:
     return Reply(text, (7,) * tokens, (logprob,), finish_reason)
 
 
-def texts(kept):
-    return [one.reply.text for one in kept]
-
-
-# Filters --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [
-        (candidate("it is rather cold here"), None),
-        (candidate("it is rather cold here", finish_reason="length"), "unfinished"),
-        (candidate("cold outside"), "short"),
-        (candidate("", tokens=5), "short"),
-        (candidate("so so cold"), None),
-        (candidate("i like it i like it i like it i like it"), "repetition"),
-        (candidate("what do you think of the weather today"), "copy"),
-        (candidate("what do you think of the weather now my friend"), None),
-        (candidate("yes it is", context="Yes it is"), "copy"),
-        (candidate("我觉得今天天气很好", tokens=9), None),
-        (candidate("好好好好好好好好好", tokens=9), "repetition"),
-    ],
-)
-def test_each_filter_removes_what_it_is_for_and_says_so(reply, reason):
-    kept, removed = filter_candidates([[reply]], KEEP_ALL)
-    assert texts(kept) == ([] if reason else [reply.reply.text])
-    assert {name: count for name, count in removed.items() if count} == ({reason: 1} if reason else {})
-
-
-def test_thresholds_are_inclusive():
-    """Ten words hold seven 4-grams; three of them from the context are a share of 3/7."""
-    reply = candidate("the weather today is cold and i stay at home", context="so the weather today is cold and grey")
-    for limit, count in ((3 / 7, 1), (3 / 7 - 0.01, 0)):
-        kept, _ = filter_candidates([[reply]], KEEP_ALL.model_copy(update={"max_copy": limit}))
-        assert len(kept) == count
-    assert len(filter_candidates([[candidate("a b c")]], KEEP_ALL.model_copy(update={"min_reply_tokens": 3}))[0]) == 1
-
-
-def test_the_best_good_reply_of_a_prompt_is_kept_and_no_other():
-    drawn = [
-        candidate("the sun shines all day", logprob=-9.0),
-        candidate("rain falls on every roof", logprob=-2.0),
-        candidate("a better but unfinished one", logprob=-1.0, finish_reason="length"),
-    ]
-    kept, removed = filter_candidates([drawn], KEEP_ALL)
-    assert texts(kept) == ["rain falls on every roof"]
-    assert (removed["not_best"], removed["unfinished"]) == (1, 1)
-
-
-def test_score_is_a_mean_over_the_tokens_and_the_end():
-    assert candidate("x", tokens=4, logprob=-10.0).score == -2.0
-
-
-def test_the_same_reply_is_accepted_only_so_often_whatever_its_case():
-    drawn = [[candidate("i do not know" if n % 2 else "I do not know", number=n)] for n in range(6)]
-    drawn.append([candidate("something else entirely then", number=6)])
-    kept, removed = filter_candidates(drawn, KEEP_ALL.model_copy(update={"max_duplicates": 2}))
-    assert [one.prompt.id for one in kept] == ["p0", "p1", "p6"]
-    assert removed["frequent"] == 4
-
-
-def test_a_prompt_whose_best_reply_is_too_frequent_gets_its_second_best():
-    drawn = [[candidate("i do not know", number=0)]]
-    drawn.append([candidate("i do not know", number=1, logprob=-1.0), candidate("ask me again tomorrow", number=1)])
-    kept, _ = filter_candidates(drawn, KEEP_ALL.model_copy(update={"max_duplicates": 1}))
-    assert texts(kept) == ["i do not know", "ask me again tomorrow"]
-
-
-def test_the_share_by_score_is_taken_from_every_length():
-    """Short replies score better per token here; a global threshold would keep them alone."""
-    replies = [(4 + n % 4 + 10 * (n >= 20), -1.0 - n) for n in range(40)]
-    drawn = [
-        [candidate(f"unique reply number {n}", number=n, tokens=tokens, logprob=score * (tokens + 1))]
-        for n, (tokens, score) in enumerate(replies)
-    ]
-    kept, removed = filter_candidates(drawn, PseudoLabels(keep_fraction=0.5, length_buckets=2))
-    lengths = [one.reply.tokens for one in kept]
-    assert sum(length < 10 for length in lengths) == 10 and sum(length > 10 for length in lengths) == 10
-    assert removed["score"] == 20
-    # The best of each bucket, in the order of their prompts.
-    assert [one.prompt.id for one in kept] == [f"p{n}" for n in (*range(10), *range(20, 30))]
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), number=st.integers(0, 25), fraction=st.sampled_from([0.25, 0.5, 1.0]), buckets=st.integers(1, 5))
-def test_at_most_one_reply_per_prompt_and_every_candidate_is_accounted_for(data, number, fraction, buckets):
-    reply = st.builds(
-        candidate,
-        st.sampled_from(["short", "one two three four", "five six seven eight nine ten", "a a a a a a a a a"]),
-        logprob=st.floats(-50, -0.1),
-        finish_reason=st.sampled_from(["stop", "stop", "length"]),
-    )
-    drawn = [data.draw(st.lists(reply, max_size=3)) for _ in range(number)]
-    drawn = [[Candidate(prompt(n), one.reply) for one in replies] for n, replies in enumerate(drawn)]
-    kept, removed = filter_candidates(drawn, PseudoLabels(keep_fraction=fraction, length_buckets=buckets))
-    ids = [one.prompt.id for one in kept]
-    assert len(set(ids)) == len(ids)
-    assert ids == sorted(ids, key=lambda name: int(name[1:]))
-    assert len(kept) + sum(removed.values()) == sum(map(len, drawn))
-    assert all(one in drawn[int(one.prompt.id[1:])] for one in kept)
-
-
-@pytest.mark.parametrize("survivors", [1, 2, 4, 5, 12, 20, 41])
-def test_the_kept_share_is_the_configured_one_within_one_reply(survivors):
-    drawn = [[candidate(f"unique reply number {n}", number=n, tokens=4 + n)] for n in range(survivors)]
-    kept, _ = filter_candidates(drawn, PseudoLabels(keep_fraction=0.5, length_buckets=4))
-    assert abs(len(kept) - 0.5 * survivors) < 1
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------
@@ -144,27 +43,25 @@ def test_the_kept_share_is_the_configured_one_within_one_reply(survivors):
 @settings(max_examples=50, deadline=None)
 @given(total=st.integers(1, 40), per_round=st.integers(1, 50), seed=st.integers(0, 5))
 def test_all_prompts_are_answered_before_any_comes_twice(total, per_round, seed):
-    chosen = PseudoLabels(prompts_per_round=per_round)
-    rounds = [choose_prompts(total, chosen, number, seed) for number in range(8)]
+    rounds = [choose(total, per_round, number, seed) for number in range(8)]
     for answered in rounds:
         assert len(set(answered)) == len(answered) == min(per_round, total)
     if per_round <= total:
         sequence = [index for answered in rounds for index in answered]
         for first in range(0, len(sequence) - total + 1, total):
             assert sorted(sequence[first : first + total]) == list(range(total))
-    assert rounds == [choose_prompts(total, chosen, number, seed) for number in range(8)]
+    assert rounds == [choose(total, per_round, number, seed) for number in range(8)]
 
 
 def test_the_seed_decides_the_order_of_prompts():
-    chosen = PseudoLabels(prompts_per_round=30)
-    assert choose_prompts(100, chosen, 0, seed=0) != choose_prompts(100, chosen, 0, seed=1)
+    assert choose(100, 30, 0, seed=0) != choose(100, 30, 0, seed=1)
 
 
 # Rounds ---------------------------------------------------------------------------------------------------------------
 
 
 class Teacher:
-    """Answers every prompt with what it was given, and remembers how it was asked."""
+    """Answers every prompt by its number, and remembers how it was asked."""
 
     def __init__(self, answers):
         self.answers = answers
@@ -172,7 +69,8 @@ class Teacher:
 
     def draw(self, prompts, settings, **options):
         self.asked.append(options)
-        return [self.answers(number) for number, _ in enumerate(prompts)]
+        options["between"](len(prompts))
+        return [self.answers(number) for number in options["numbers"]]
 
 
 def good(number):
@@ -182,16 +80,15 @@ def good(number):
     ]
 
 
-def hold(directory, answers, round_number=0, number=6, **changes) -> dict[str, Any]:
-    teacher: Any = Teacher(answers)
-    options = {"seed": 3, "step": 40, "batch_size": 8, "between": lambda done: None, **changes}
-    return pseudo_labels.make_round(
-        directory, round_number, teacher, [prompt(n) for n in range(number)], KEEP_ALL, **options
-    )
+def hold(directory, answers, round_number=0, number=6, between=lambda done: None, **changes) -> dict[str, Any]:
+    teacher: Any = answers if isinstance(answers, Teacher) else Teacher(answers)
+    task = Task("replies", directory, round_number, seed=3, step=40, batch_size=8)
+    prompts = [prompt(n) for n in range(number)]
+    return make_round(task, teacher, prompts, KEEP_ALL.model_copy(update=changes), between)
 
 
 def test_a_round_is_read_back_as_it_was_accepted(tmp_path, monkeypatch):
-    monkeypatch.setattr(pseudo_labels, "RECORDS_PER_SHARD", 4)  # several shards, one of them not full
+    monkeypatch.setattr(rounds, "RECORDS_PER_SHARD", 4)  # several shards, one of them not full
     summary = hold(tmp_path, good)
     assert (summary["prompts"], summary["generated"], summary["accepted"]) == (6, 12, 6)
     assert summary["accept_rate"] == 1.0 and summary["removed"]["unfinished"] == 6
@@ -200,18 +97,21 @@ def test_a_round_is_read_back_as_it_was_accepted(tmp_path, monkeypatch):
     expected = [
         Dialogue((*prompt(n).turns, Turn("assistant", f"reply {n} is a good one")), id=f"p{n}") for n in range(6)
     ]
-    assert pseudo_labels.read_round(tmp_path, 0) == expected
-    stored = pseudo_labels.read_summary(tmp_path, 0)
+    assert rounds.read_round(tmp_path, 0) == expected
+    stored = rounds.read_summary(tmp_path, 0)
     assert stored is not None
     assert len(stored.pop("sha256")) == 2
+    timing = summary.pop("timing")
+    assert all(timing[name] > 0 for name in ("generation_seconds", "scoring_seconds", "tokens_per_second"))
     assert stored == json.loads(json.dumps(summary))
 
 
 def test_a_round_that_accepts_nothing_is_a_round(tmp_path):
     summary = hold(tmp_path, lambda number: [reply("cut off before the", 4, -2.0, "length")])
     assert (summary["accepted"], summary["accept_rate"], summary["mean_score"]) == (0, 0.0, None)
-    assert pseudo_labels.read_round(tmp_path, 0) == []
-    assert pseudo_labels.read_summary(tmp_path, 0) is not None
+    assert {name: count for name, count in summary["removed"].items() if count} == {"unfinished": 6}
+    assert rounds.read_round(tmp_path, 0) == []
+    assert rounds.read_summary(tmp_path, 0) is not None
 
 
 def test_a_round_that_fails_while_it_is_written_is_no_round_and_can_be_held_again(tmp_path, monkeypatch):
@@ -222,11 +122,11 @@ def test_a_round_that_fails_while_it_is_written_is_no_round_and_can_be_held_agai
         patch.setattr(Candidate, "to_dialogue", fail)
         with pytest.raises(OSError, match="disk full"):
             hold(tmp_path, good)
-    assert pseudo_labels.read_summary(tmp_path, 0) is None
+    assert rounds.read_summary(tmp_path, 0) is None
     assert not (tmp_path / "round_0").exists()
 
     hold(tmp_path, good)
-    assert len(pseudo_labels.read_round(tmp_path, 0)) == 6
+    assert len(rounds.read_round(tmp_path, 0)) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["round_0"]
 
 
@@ -242,10 +142,8 @@ def test_rounds_and_runs_draw_with_different_seeds_and_the_settings_of_the_run(t
     teacher: Any = Teacher(good)
     for seed in (0, 1):
         for number in (0, 1):
-            pseudo_labels.make_round(
-                tmp_path / str(seed), number, teacher, [prompt()], KEEP_ALL,
-                seed=seed, step=1, batch_size=8, between=print,
-            )  # fmt: skip
+            task = Task("replies", tmp_path / str(seed), number, seed=seed, step=1, batch_size=8)
+            make_round(task, teacher, [prompt()], KEEP_ALL, print)
     assert len({asked["seed"] for asked in teacher.asked}) == 4
     assert teacher.asked[0]["num_return_sequences"] == KEEP_ALL.num_return_sequences
     assert teacher.asked[0]["max_prompt_tokens"] == KEEP_ALL.max_prompt_tokens
@@ -258,3 +156,271 @@ def test_a_round_is_the_same_whenever_it_is_held(tmp_path):
         {path.name: path.read_bytes() for path in (tmp_path / name / "round_0").iterdir()} for name in ("one", "other")
     ]
     assert contents[0] == contents[1]
+
+
+def test_rows_say_where_they_are_from_and_how_they_scored(tmp_path):
+    hold(tmp_path, good, number=2)
+    assert rounds.read_rows(tmp_path, 0) == [
+        {
+            "id": f"p{n}",
+            "messages": [*prompt(n).to_messages(), {"role": "assistant", "content": f"reply {n} is a good one"}],
+            "score": (-3.0 - n) / 7,
+            "logprob": -3.0 - n,
+            "tokens": 6,
+            "round": 0,
+            "teacher": "ema",
+            "teacher_step": 40,
+            "seed": 3,
+        }
+        for n in range(2)
+    ]
+
+
+def test_a_summary_says_how_diverse_and_how_long_the_accepted_replies_are(tmp_path):
+    summary = hold(tmp_path, good, number=2)
+    # "reply 0 is a good one" and "reply 1 is a good one": of ten pairs of words, three occur twice.
+    assert (summary["distinct_2"], summary["mean_drawn_tokens"], summary["mean_score"]) == (0.7, 6, -0.5)
+
+
+def test_without_weights_the_teacher_is_asked_for_nothing_but_replies(tmp_path):
+    """The teacher of these tests cannot score: a pass of its own would fail."""
+    hold(tmp_path, good)
+    assert not {"forward", "prior", "backward"} & rounds.read_rows(tmp_path, 0)[0].keys()
+
+
+def test_shuffled_replies_are_stored_with_the_prompt_that_they_were_drawn_for(tmp_path):
+    hold(tmp_path, good, shuffle_replies=True)
+    rows = rounds.read_rows(tmp_path, 0)
+    assert [row["id"] for row in rows] == [f"p{n}" for n in range(6)]
+    for row in rows:
+        assert row["messages"][-1]["content"] == f"reply {row['drawn_for'][1:]} is a good one"
+        assert row["drawn_for"] != row["id"]
+
+
+# Interrupted rounds ---------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Raised where a run would stop."""
+
+
+@pytest.fixture
+def pieces_of_four(monkeypatch):
+    """Batches of eight sequences, two for each prompt, one batch a piece."""
+    monkeypatch.setattr(drawn_pieces, "PROMPTS_PER_PIECE", 4)
+    monkeypatch.setattr(drawn_pieces, "BATCHES_PER_PIECE", 1)
+
+
+def interrupt(directory, after, **options) -> Path:
+    """Holds a round of ten prompts until more than `after` are answered; returns what it left behind."""
+
+    def between(done):
+        if done > after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        hold(directory, good, number=10, between=between, **options)
+    assert rounds.read_summary(directory, 0) is None
+    return directory / "round_0.partial"
+
+
+def asked_when_held_again(directory, **options) -> list[range]:
+    teacher = Teacher(good)
+    hold(directory, teacher, number=10, **options)
+    return [asked["numbers"] for asked in teacher.asked]
+
+
+@pytest.mark.parametrize(
+    ("after", "missing"),
+    [(0, [range(4), range(4, 8), range(8, 10)]), (4, [range(4, 8), range(8, 10)]), (8, [range(8, 10)])],
+)
+def test_an_interrupted_round_draws_only_what_is_missing_and_is_the_undisturbed_one(
+    tmp_path, pieces_of_four, after, missing
+):
+    hold(tmp_path / "undisturbed", good, number=10)
+    interrupt(tmp_path / "other", after)
+    assert asked_when_held_again(tmp_path / "other") == missing
+    assert contents(tmp_path / "other" / "round_0") == contents(tmp_path / "undisturbed" / "round_0")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["round_0"]
+
+
+def test_progress_counts_the_prompts_of_the_whole_round(tmp_path, pieces_of_four):
+    done: list[int] = []
+    hold(tmp_path, good, number=10, between=done.append)
+    assert done == [4, 8, 10]
+
+
+def test_a_round_whose_writing_failed_draws_nothing_again(tmp_path, pieces_of_four, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(rounds, "write", lambda *_: 1 / 0)
+        hold(tmp_path, good, number=10)
+    assert asked_when_held_again(tmp_path) == []
+    assert len(rounds.read_round(tmp_path, 0)) == 10
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[:-3], lambda text: text.replace(b"good", b"poor"), lambda text: b""]
+)
+def test_a_damaged_piece_is_drawn_again(tmp_path, pieces_of_four, damage):
+    partial = interrupt(tmp_path, after=8)
+    path = partial / "piece-0000004.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    assert asked_when_held_again(tmp_path) == [range(4, 8), range(8, 10)]
+    assert len(rounds.read_round(tmp_path, 0)) == 10
+
+
+def test_pieces_of_other_settings_are_drawn_again(tmp_path, pieces_of_four):
+    interrupt(tmp_path, after=8)
+    changed = {"sampling": Sampling(temperature=0.5)}
+    assert asked_when_held_again(tmp_path, **changed) == [range(4), range(4, 8), range(8, 10)]
+
+
+@pytest.mark.parametrize("change", [{"step": 41}, {"seed": 4}, {"round_number": 1}, {"kind": "contexts"}])
+def test_pieces_belong_to_one_teacher_and_one_round(tmp_path, change):
+    task = Task("replies", tmp_path, 0, seed=3, step=40, batch_size=8)
+    prompts = [prompt(n) for n in range(3)]
+    assert _origin(task, prompts, KEEP_ALL) == _origin(task, list(prompts), KEEP_ALL)
+    assert _origin(task, prompts, KEEP_ALL) != _origin(dataclasses.replace(task, **change), prompts, KEEP_ALL)
+    assert _origin(task, prompts, KEEP_ALL) != _origin(task, prompts[::-1], KEEP_ALL)
+
+
+@given(st.text(), st.lists(st.floats(allow_nan=False)))
+@settings(max_examples=50, deadline=None)
+def test_a_piece_gives_back_every_text_and_every_bit(tmp_path_factory, text, logprobs):
+    folder = tmp_path_factory.mktemp("piece")
+    text = text.encode(errors="replace").decode()
+    replies = [[Reply(text, (1, 2), tuple(logprobs), "stop", 1, 2)], []]
+    drawn, fresh = drawn_pieces.draw(folder, {"seed": 1}, 2, 2, lambda piece: replies)
+    assert (drawn, fresh) == (replies, [range(2)])
+    assert drawn_pieces.draw(folder, {"seed": 1}, 2, 2, lambda piece: pytest.fail("drawn again")) == (replies, [])
+
+
+@given(batch=st.integers(1, 5000), repeats=st.integers(1, 64))
+def test_pieces_are_whole_batches_and_many_of_them(batch, repeats):
+    size, prompts = drawn_pieces.piece_size(batch, repeats), max(1, batch // repeats)
+    assert size % prompts == 0 and size >= 256 and size >= 16 * prompts
+
+
+def test_of_several_processes_each_writes_its_shards_and_the_first_the_rest(tmp_path, monkeypatch):
+    """Two threads stand for two processes on one file system."""
+    barrier, wrote = threading.Barrier(2, timeout=30), []
+    write_shard = rounds._write_shard
+
+    def index():
+        return int(threading.current_thread().name)
+
+    def note(path, rows):
+        wrote.append((index(), path.name))
+        write_shard(path, rows)
+
+    hold(tmp_path / "one", good, number=10)
+    monkeypatch.setattr(rounds, "RECORDS_PER_SHARD", 4)
+    hold(tmp_path / "alone", good, number=10)
+    monkeypatch.setattr(rounds, "_write_shard", note)
+    monkeypatch.setattr(rounds, "wait_for_all", lambda event: barrier.wait())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", index)
+    threads = [
+        threading.Thread(target=hold, args=(tmp_path / "both", good), kwargs={"number": 10}, name=str(number))
+        for number in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(wrote) == [
+        (0, "labels-00000.array_record"),
+        (0, "labels-00002.array_record"),
+        (1, "labels-00001.array_record"),
+    ]
+    assert contents(tmp_path / "both" / "round_0") == contents(tmp_path / "alone" / "round_0")
+    assert rounds.read_round(tmp_path / "both", 0) == rounds.read_round(tmp_path / "one", 0)
+    assert [path.name for path in (tmp_path / "both").iterdir()] == ["round_0"]
+
+
+# With a model ---------------------------------------------------------------------------------------------------------
+
+QUESTIONS = ("is it cold?", "where is it?", "who said so?", "what is that?")
+ANSWERS = ("yes it is", "in a small town", "nobody I know of", "not at all")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> DialogueModel:
+    """A small model with random weights, far from flat, that knows the direction tokens."""
+    tokenizer = DialogueTokenizer.fit([*QUESTIONS, *ANSWERS], 300, direction_tokens=True)
+    shape = model.GPT2(tokenizer.vocab_size, 320, 64, 16, 1, 2, 32, scan_layers=False)
+    params = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf * 8, model.init(shape, key)))(jax.random.key(0))
+    return DialogueModel(shape, params, tokenizer)
+
+
+def permissive(teacher: DialogueModel, **changes) -> PseudoLabels:
+    """Settings under which a random model's replies pass: an end is forced upon them."""
+    sampling = Sampling(max_new_tokens=8, forced_eos_token_id=teacher.tokenizer.end_ids[0], top_p=1.0)
+    return PseudoLabels(
+        sampling=sampling, max_prompt_tokens=48, min_reply_tokens=1, max_repetition=1.0, max_copy=1.0,
+        max_duplicates=100, keep_fraction=1.0, **changes,
+    )  # fmt: skip
+
+
+def likelihood(teacher: DialogueModel, dialogue: Dialogue, backward: bool = False) -> float:
+    encoded = teacher.tokenizer.encode(dialogue)
+    encoded = directions.backward(encoded, teacher.tokenizer) if backward else encoded
+    return -float(teacher.score_dialogues([encoded])[0])
+
+
+def count(teacher: DialogueModel, turn: Turn) -> int:
+    return len(teacher.tokenizer.encode_text(turn.content)) + 1
+
+
+def test_scores_of_replies_are_mutual_information(tmp_path, teacher):
+    chosen = permissive(teacher, prior_weight=0.5, backward_weight=0.25)
+    prompts = [Dialogue((Turn("user", text),), id=text) for text in QUESTIONS]
+    summary = make_round(Task("replies", tmp_path, 0, 0, 1, 8), teacher, prompts, chosen, lambda done: None)
+    rows = rounds.read_rows(tmp_path, 0)
+    assert len(rows) == summary["accepted"] > 0
+    for row in rows:
+        dialogue = Dialogue.from_messages(row["messages"])
+        context, answer = dialogue.turns
+        prior = likelihood(teacher, Dialogue((answer,)))
+        assert row["forward"] == pytest.approx(likelihood(teacher, dialogue), rel=1e-5)
+        assert row["prior"] == pytest.approx(prior, rel=1e-5)
+        assert row["backward"] == pytest.approx(likelihood(teacher, dialogue, backward=True), rel=1e-5)
+        expected = (row["forward"] - 0.5 * prior) / count(teacher, answer)
+        assert row["score"] == pytest.approx(expected + 0.25 * row["backward"] / count(teacher, context), rel=1e-5)
+
+
+@pytest.mark.parametrize("prior_weight", [0.0, 0.5])
+def test_contexts_are_made_up_for_last_turns_and_scored_by_how_well_these_follow(tmp_path, teacher, prior_weight):
+    chosen = permissive(teacher, prior_weight=prior_weight)
+    prompts = [Dialogue((Turn("text", "not shown"), Turn("text", text)), id=text) for text in ANSWERS]
+    task = Task("contexts", tmp_path, 0, 0, 1, 8)
+    summary = make_round(task, teacher, prompts, chosen, lambda done: None)
+    rows = rounds.read_rows(tmp_path, 0)
+    assert len(rows) == summary["accepted"] > 0 and summary["kind"] == "contexts"
+    lengths = []
+    for row in rows:
+        dialogue = Dialogue.from_messages(row["messages"])
+        context, answer = dialogue.turns
+        assert (context.role, answer) == ("user", Turn("assistant", row["id"]))
+        prior = likelihood(teacher, Dialogue((answer,)))
+        assert row["forward"] == pytest.approx(likelihood(teacher, dialogue), rel=1e-5)
+        assert ("prior" in row) == (prior_weight > 0)
+        score = (row["forward"] - prior_weight * prior) / count(teacher, answer)
+        assert row["score"] == pytest.approx(score, rel=1e-5)
+        lengths.append(count(teacher, answer) - 1)
+    assert summary["mean_reply_tokens"] == pytest.approx(sum(lengths) / len(lengths))
+
+
+@pytest.mark.parametrize("kind", ["replies", "contexts"])
+def test_a_round_drawn_in_pieces_has_the_replies_of_one_drawn_at_once(tmp_path, teacher, kind, monkeypatch):
+    prompts = [Dialogue((Turn("user", text),), id=text) for text in (*QUESTIONS, *ANSWERS)]
+
+    def hold_it(name: str, batch_size: int) -> list[Dialogue]:
+        task = Task(kind, tmp_path / name, 0, 0, 1, batch_size)
+        make_round(task, teacher, prompts, permissive(teacher), lambda done: None)
+        return rounds.read_round(task.directory, 0)
+
+    whole = hold_it("whole", 16)
+    monkeypatch.setattr(drawn_pieces, "PROMPTS_PER_PIECE", 4)
+    monkeypatch.setattr(drawn_pieces, "BATCHES_PER_PIECE", 1)
+    assert hold_it("pieces", 8) == whole != []

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
@@ -11,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from ssl_jax import config, model, sharding
 from ssl_jax.errors import UserError
 from ssl_jax.optimizer import make_optimizer
-from ssl_jax.step import init_state
+from ssl_jax.step import StepSettings, init_state
 
 
 def shape(scan_layers=True, padded_vocab_size=64, tied=True):
@@ -94,8 +95,9 @@ def test_an_axis_that_does_not_divide_a_parameter_is_named(sizes, padded, axis, 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_optimizer_moments_and_averages_lie_where_their_parameters_lie(scan_layers):
-    optimizer = make_optimizer(config.Optimizer(), 10)
-    state = jax.eval_shape(functools.partial(init_state, shape(scan_layers), optimizer, 0.9), jax.random.key(0))
+    optimizer = make_optimizer(config.Optimizer())
+    settings = StepSettings(objective_weights=jnp.asarray, schedule=jnp.asarray, ema_decay=0.9)
+    state = jax.eval_shape(functools.partial(init_state, shape(scan_layers), optimizer, settings), jax.random.key(0))
     params = sharding.shard_params(state.params, mesh(2, 2, 2))
     placed = sharding.shard_like_params(state, params, mesh(2, 2, 2))
     assert placed.params == params and placed.ema == params

@@ -26,7 +26,7 @@ OPTIMIZER_SETTINGS = config.Optimizer(learning_rate=1e-2, warmup_steps=2, weight
 OBJECTIVES = config.Objectives(supervised=1.0, lm=0.5, pseudo=0.7)
 TOTAL_STEPS = 20
 EMA_DECAY = 0.5
-OPTIMIZER = make_optimizer(OPTIMIZER_SETTINGS, TOTAL_STEPS)
+OPTIMIZER = make_optimizer(OPTIMIZER_SETTINGS)
 MIXES = ([0, 0, 0, 1, 1, 1, 1, 2], [0] * 8, [0, 0, 1, 1, 1, 1, 1, 1])
 
 
@@ -34,8 +34,7 @@ def settings(**fields):
     return step.StepSettings(
         objective_weights=functools.partial(objectives.weights, OBJECTIVES, first_round=1, total_steps=TOTAL_STEPS),
         schedule=learning_rate_schedule(OPTIMIZER_SETTINGS, TOTAL_STEPS),
-        ema_decay=EMA_DECAY,
-        **fields,
+        **{"ema_decay": EMA_DECAY, **fields},
     )
 
 
@@ -69,7 +68,7 @@ def train_step():
 @pytest.fixture(scope="module")
 def fresh():
     """The state before the first step, anew at every call, since a step consumes it."""
-    host = jax.device_get(jax.jit(functools.partial(step.init_state, SHAPE, OPTIMIZER, EMA_DECAY))(jax.random.key(0)))
+    host = jax.device_get(jax.jit(functools.partial(step.init_state, SHAPE, OPTIMIZER, settings()))(jax.random.key(0)))
     return lambda: jax.tree.map(jnp.array, host)
 
 
@@ -92,7 +91,9 @@ def test_a_fresh_state_averages_from_its_own_parameters(fresh):
     state = fresh()
     equal(state.ema, state.params)
     assert (int(state.step), int(state.skipped)) == (0, 0)
-    assert jax.eval_shape(functools.partial(step.init_state, SHAPE, OPTIMIZER, 0.0), KEY).ema is None
+    assert (
+        jax.eval_shape(functools.partial(step.init_state, SHAPE, OPTIMIZER, settings(ema_decay=0.0)), KEY).ema is None
+    )
 
 
 @pytest.mark.parametrize("streams", MIXES)
@@ -189,7 +190,7 @@ MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
 def loss_curve(sizes, devices):
     """Losses of five steps with everything placed as a run places it, and how many parameters are really cut."""
     mesh = sharding.make_mesh(config.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))), devices)
-    init = functools.partial(step.init_state, SHAPE, OPTIMIZER, EMA_DECAY)
+    init = functools.partial(step.init_state, SHAPE, OPTIMIZER, settings())
     abstract = jax.eval_shape(init, KEY)
     placed = sharding.shard_like_params(abstract, sharding.shard_params(abstract.params, mesh), mesh)
     train_step: Any = jax.jit(

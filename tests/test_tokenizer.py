@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ssl_jax.data.tokenizer import CONTROL_TOKENS, DialogueTokenizer, count_reply_bytes
+from ssl_jax.data.tokenizer import CONTROL_TOKENS, DIRECTION_TOKENS, DialogueTokenizer, count_reply_bytes
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.errors import UserError
 
@@ -49,6 +49,61 @@ def test_no_text_encodes_to_a_control_token_and_every_text_survives(tokenizer, t
     assert ids.dtype == np.int32
     assert control_ids(tokenizer).isdisjoint(ids.tolist())
     assert tokenizer.decode(ids) == text
+
+
+@pytest.fixture(scope="module")
+def directed():
+    return DialogueTokenizer.fit(TEXTS, 400, direction_tokens=True)
+
+
+@given(spellings.flatmap(lambda text: st.sampled_from([*DIRECTION_TOKENS, ""]).map(lambda token: text + token + text)))
+@example("<|<|backward|>backward|>")
+@example("<|backward|><|synthetic|>")
+def test_text_that_spells_a_direction_token_is_text(directed, text):
+    assert {directed.backward_id, directed.synthetic_id} <= set(directed.suppressed_ids)
+    ids = directed.encode_text(text)
+    assert control_ids(directed).isdisjoint(ids.tolist())
+    assert directed.decode(ids) == text
+
+
+def test_direction_tokens_take_two_places_of_the_vocabulary_and_nothing_else(tokenizer, directed, tmp_path):
+    assert (tokenizer.backward_id, tokenizer.synthetic_id) == (None, None)
+    assert directed.vocab_size == tokenizer.vocab_size + 2 <= 400
+    assert DialogueTokenizer.fit(TEXTS, 300, direction_tokens=True).vocab_size == 300, "within the bound"
+    assert (directed.backward_id, directed.synthetic_id) == (len(CONTROL_TOKENS), len(CONTROL_TOKENS) + 1)
+    assert directed.spell([directed.backward_id, directed.synthetic_id]) == "".join(DIRECTION_TOKENS)
+    tokenizer.save(tmp_path)
+    assert not any(token in file.read_text() for token in DIRECTION_TOKENS for file in tmp_path.iterdir())
+
+
+def test_direction_tokens_are_found_again_and_added_to_a_vocabulary_that_lacks_them(tokenizer, directed, tmp_path):
+    directed.save(tmp_path / "directed")
+    tokenizer.save(tmp_path / "plain")
+    copies = [
+        DialogueTokenizer.load(tmp_path / "directed"),
+        DialogueTokenizer.load(tmp_path / "directed", direction_tokens=True),
+        pickle.loads(pickle.dumps(directed)),
+    ]
+    for found in copies:
+        assert found.fingerprint == directed.fingerprint
+        assert (found.backward_id, found.synthetic_id) == (directed.backward_id, directed.synthetic_id)
+        assert found.encode_text("<|backward|>").tolist() == directed.encode_text("<|backward|>").tolist()
+    added = DialogueTokenizer.load(tmp_path / "plain", direction_tokens=True)
+    assert (added.backward_id, added.synthetic_id) == (tokenizer.vocab_size, tokenizer.vocab_size + 1)
+    assert added.base_vocab_size == tokenizer.vocab_size == added.vocab_size - 2
+    assert added.encode_text("<|synthetic|> hello").tolist() == tokenizer.encode_text("<|synthetic|> hello").tolist()
+
+
+def test_direction_tokens_go_with_role_tokens_alone(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    with pytest.raises(UserError, match=r"^tokenizer\.template plain: tokenizer\.direction_tokens needs"):
+        DialogueTokenizer.load(tmp_path, "plain", direction_tokens=True)
+    plain = DialogueTokenizer.load(tmp_path, "plain")
+    for name in ("role_ids", "end_of_turn_id"):
+        with pytest.raises(UserError, match=r"tokenizer\.template plain.*use tokenizer\.template role_tokens"):
+            getattr(plain, name)
+    assert tokenizer.spell(list(tokenizer.role_ids.values())) == "<|system|><|user|><|assistant|><|text|>"
+    assert tokenizer.end_of_turn_id == tokenizer.end_ids[0]
 
 
 def test_fitting_the_same_texts_in_any_order_gives_the_same_tokenizer(tokenizer):

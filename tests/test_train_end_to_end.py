@@ -15,10 +15,12 @@ import pytest
 import tiny
 import yaml
 
-from ssl_jax import command_line, loop, pseudo_labels, train
+from ssl_jax import command_line, loop, train
 from ssl_jax.config import Config
 from ssl_jax.data.pipeline import prepare
+from ssl_jax.data.streams import PackedStream
 from ssl_jax.errors import UserError
+from ssl_jax.pseudo_labels import rounds
 from ssl_jax.signals import Signals
 
 
@@ -88,11 +90,17 @@ def test_tokens_of_a_stream_never_decrease_and_end_as_the_summary_says(run: Path
         assert counts[-1] == summary["tokens_by_stream"][name] > 0
 
 
+def pseudo_stream(of: loop.Run) -> PackedStream:
+    stream = of.sources.of_rounds("pseudo", 1)
+    assert stream is not None
+    return stream
+
+
 def test_epochs_are_the_rows_of_a_stream_so_far_by_the_rows_of_an_epoch(run: Path) -> None:
     """Also at the end, when labeled rows alone are drawn; pseudo-labels have epochs from their first round on."""
     settings = command_line.parse(Config, ["--config", str(tiny.config_file())], program="train", summary="")
     again = loop.Run(settings, prepare(settings), run, Signals())
-    streams = {**again.streams, "pseudo": again._pseudo_stream(tiny.STEPS)}
+    streams = {**again.streams, "pseudo": pseudo_stream(again)}
     drawn = dict.fromkeys(streams, 0)
     for line, before in zip(lines_with(run, "loss"), range(tiny.STEPS), strict=True):
         for name, count in again.plan.rows_at(before, again._accepted()):
@@ -149,7 +157,7 @@ def test_a_pseudo_labeling_round_is_stored_and_logged(run: Path) -> None:
     assert line["step"] - 1 == stored["teacher_step"] == tiny.ROUND_STEP
     assert (line["pseudo/generated"], line["pseudo/accepted"]) == (stored["generated"], stored["accepted"])
     assert line["pseudo/accept_rate"] == stored["accept_rate"] == stored["accepted"] / stored["prompts"]
-    dialogues = pseudo_labels.read_round(run / "pseudo_labels", 0)
+    dialogues = rounds.read_round(run / "pseudo_labels", 0)
     assert len(dialogues) == stored["accepted"] > 0
     assert all(dialogue.kind == "labeled" and dialogue.turns[0].content in questions() for dialogue in dialogues)
 
@@ -237,7 +245,7 @@ def test_raw_text_without_prompts(tmp_path: Path) -> None:
 def test_prompts_without_raw_text(tmp_path: Path) -> None:
     """Until the first round has answered them, their rows are labeled ones."""
     prompts = tiny.config_file().with_name("prompts.jsonl")
-    options = ["--data.unlabeled", f"[{{path: {prompts}}}]"]
+    options = ["--data.unlabeled", f"[{{path: {prompts}}}]", "--train.prompts-as-text", "false"]
     workdir = tiny.run_train(tiny.config_file(), tmp_path / "run", *NO_DRAWING, *options)
     tokens = read(workdir / "summary.json")["tokens_by_stream"]
     assert tokens["raw"] == 0
@@ -258,7 +266,8 @@ def test_sources_with_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Half of the raw text, all prompts' answers twice; the same prepared data and the same labeled rows as without."""
     folder = tiny.config_file().parent
     unlabeled = f"[{{path: {folder}/raw.jsonl, weight: 0.5}}, {{path: {folder}/prompts.jsonl, weight: 2}}]"
-    workdir = tiny.run_train(tiny.config_file(), tmp_path / "run", *NO_DRAWING, "--data.unlabeled", unlabeled)
+    options = ["--data.unlabeled", unlabeled, "--train.prompts-as-text", "false"]
+    workdir = tiny.run_train(tiny.config_file(), tmp_path / "run", *NO_DRAWING, *options)
     printed = capsys.readouterr().err
     assert f"weights         {folder}/raw.jsonl × 0.5, {folder}/prompts.jsonl × 2 (" in printed
     arguments = ["--config", str(workdir / "config.yaml")]
@@ -266,11 +275,14 @@ def test_sources_with_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     prepared = prepare(settings)
     assert prepared.directory == prepare(Config.model_validate(tiny.settings(folder))).directory
     weighted = loop.Run(settings, prepared, workdir, Signals())
-    plain = loop.Run(Config.model_validate(tiny.settings(folder)), prepared, workdir, Signals())
+    values = tiny.settings(folder)
+    values["train"]["prompts_as_text"] = False
+    plain = loop.Run(Config.model_validate(values), prepared, workdir, Signals())
+
     tokens = [
         {
             **{name: stream.tokens_in_epoch(0) for name, stream in one.streams.items()},
-            "pseudo": one._pseudo_stream(tiny.STEPS).tokens_in_epoch(0),
+            "pseudo": pseudo_stream(one).tokens_in_epoch(0),
         }
         for one in (weighted, plain)
     ]

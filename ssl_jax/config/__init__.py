@@ -10,16 +10,17 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from ssl_jax.config.data import Data, Source, TemplateName, Tokenizer
+from ssl_jax.config.methods import EMA, Distillation, Noise, Objectives
 from ssl_jax.config.model import MODEL_SIZES, Model
 from ssl_jax.config.replies import DEFAULT_NEW_TOKENS, Evaluation, PseudoLabels, Sampling
 from ssl_jax.config.section import Section
-from ssl_jax.config.served import Served, ServedWeights, Weights
-from ssl_jax.config.training import Mesh, Objectives, Optimizer, Train
+from ssl_jax.config.served import Reranking, Served, ServedWeights, Weights
+from ssl_jax.config.training import Mesh, Optimizer, Train
 
 __all__ = [
-    "DEFAULT_NEW_TOKENS", "FORMER_NAMES", "MODEL_SIZES", "Config", "Data", "Evaluation", "Mesh", "Model", "Objectives",
-    "Optimizer", "PseudoLabels", "Sampling", "Section", "Served", "ServedWeights", "Source", "TemplateName",
-    "Tokenizer", "Train", "Weights",
+    "DEFAULT_NEW_TOKENS", "EMA", "FORMER_NAMES", "MODEL_SIZES", "Config", "Data", "Distillation", "Evaluation", "Mesh",
+    "Model", "Noise", "Objectives", "Optimizer", "PseudoLabels", "Reranking", "Sampling", "Section", "Served",
+    "ServedWeights", "Source", "TemplateName", "Tokenizer", "Train", "Weights",
 ]  # fmt: skip
 
 # What `TrainingArguments` and the article's scripts called a setting, and where it lives here.
@@ -67,6 +68,7 @@ class Config(Section):
     train: Train = Field(default=Train(), description="Length, batch, intervals.")
     optimizer: Optimizer = Field(default=Optimizer(), description="AdamW.")
     objectives: Objectives = Field(default=Objectives(), description="Loss terms.")
+    distillation: Distillation = Field(default=Distillation(), description="Soft labels of teachers.")
     pseudo_labels: PseudoLabels = Field(default=PseudoLabels(), description="Teacher rounds.")
     evaluation: Evaluation = Field(default=Evaluation(), description="Metrics.")
     mesh: Mesh = Field(default=Mesh(), description="Devices.")
@@ -79,6 +81,28 @@ class Config(Section):
                 if name in FORMER_NAMES:
                     raise ValueError(f"'{name}' is called {FORMER_NAMES[name]} here")
         return values
+
+    @model_validator(mode="after")
+    def _methods_have_what_they_need(self) -> Config:
+        train, backward = self.train, self.train.backward_fraction
+        if (backward or train.back_translation_fraction) and not self.tokenizer.direction_tokens:
+            name = "backward_fraction" if backward else "back_translation_fraction"
+            raise ValueError(f"train.{name} needs control tokens; set tokenizer.direction_tokens to true")
+        needing = {
+            "train.back_translation_fraction": train.back_translation_fraction,
+            "pseudo_labels.backward_weight": self.pseudo_labels.backward_weight and self.pseudo_labels.rounds,
+        }
+        for name, value in needing.items():
+            if value and not backward:
+                raise ValueError(f"{name} asks a model that reads backwards; set train.backward_fraction, such as 0.25")
+        if train.back_translation_fraction and not self.pseudo_labels.rounds:
+            raise ValueError("train.back_translation_fraction needs rounds; set pseudo_labels.rounds, such as [0.4]")
+        if self.distillation.weight and EMA in self.distillation.teachers and not self.optimizer.ema_decay:
+            raise ValueError("distillation.teachers: ema needs an average; set optimizer.ema_decay, such as 0.99")
+        noise = (self.model.resid_pdrop, self.model.embd_pdrop, self.model.attn_pdrop, train.token_replacement)
+        if self.objectives.r_drop and not any(noise):
+            raise ValueError("objectives.r_drop compares passes with different dropout; set model.resid_pdrop above 0")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

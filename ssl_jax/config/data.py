@@ -94,7 +94,7 @@ class Source(Section):
     )
     format: Literal[
         "auto", "messages", "prompt_completion", "sharegpt", "alpaca", "parlai", "log", "text", "parquet",
-        "whatsapp", "telegram", "discord", "slack", "forum",
+        "whatsapp", "telegram", "discord", "slack", "forum", "review",
     ] = Field(default="auto", description="Format of the files; auto looks at the first rows.")  # fmt: skip
     assistant: str | None = Field(
         default=None,
@@ -251,6 +251,11 @@ class Tokenizer(Section):
         default=2**24,
         ge=1,
         description="A fitted BPE learns from at most this much text (bytes), drawn evenly from the train splits.",
+    )
+    direction_tokens: bool = Field(
+        default=False,
+        description="Add control tokens for dialogues that are read backwards and for contexts that a model made up "
+        "(train.backward_fraction, train.back_translation_fraction). They need the template role_tokens.",
     )
     template: TemplateName | Literal["auto"] = Field(
         default="auto",

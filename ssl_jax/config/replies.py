@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ssl_jax.config.methods import Noise
 from ssl_jax.config.section import Section
 
 # Longest reply where nothing is said about it (tokens).
@@ -129,7 +130,20 @@ class PseudoLabels(Section):
     teacher: Literal["ema", "snapshot"] = Field(
         default="ema", description="Who answers: the averaged weights or the current ones."
     )
+    student: Literal["continued", "reinitialized"] = Field(
+        default="continued",
+        description="Who learns from a round: the student as it is, or a new one with a learning-rate schedule of its "
+        "own.",
+    )
+    accumulate: bool = Field(
+        default=True, description="Later rounds add to the earlier ones' labels (else replace them)."
+    )
     prompts_per_round: int = Field(default=512, ge=1, description="Prompts answered in a round.")
+    replies_per_round: int = Field(
+        default=512,
+        ge=1,
+        description="Real replies that a round makes up contexts for (back-translation).",
+    )
     num_return_sequences: int = Field(
         default=2, ge=1, le=64, description="Replies drawn per prompt; the best one is kept."
     )
@@ -144,11 +158,28 @@ class PseudoLabels(Section):
         default=0.8, ge=0, le=1, description="Largest share of a reply's 4-grams found in its context."
     )
     max_duplicates: int = Field(default=3, ge=1, description="How often the same reply may be accepted in a round.")
+    prior_weight: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="The score of a reply is log p(reply | context) less this times log p(reply), per token: 0 is "
+        "likelihood, 1 pointwise mutual information.",
+    )
+    backward_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="The score also counts this times log p(context | reply) per token (train.backward_fraction).",
+    )
     keep_fraction: float = Field(
         default=0.5, gt=0, le=1, description="Share kept by score within every length bucket, after the other filters."
     )
     length_buckets: int = Field(
         default=4, ge=1, description="Equal-sized buckets of reply length that the score is ranked in."
+    )
+
+    noise: Noise = Field(default=Noise(), description="Noise on the contexts that the student sees.")
+    shuffle_replies: bool = Field(
+        default=False, description="Give every accepted reply to another prompt: the control that methods must beat."
     )
 
     @model_validator(mode="after")
@@ -169,6 +200,23 @@ class Evaluation(Section):
     )
     max_prompt_tokens: int = Field(
         default=128, ge=8, description="Longest context for ranking and replies (newest turns)."
+    )
+    coherence_examples: int = Field(
+        default=40,
+        ge=0,
+        description="Replies of each number in a dialogue (1, 2, 3, 4, 5+) scored behind their own context and behind "
+        "another's, for context_gain.",
+    )
+    coherence_rankings: int = Field(
+        default=0,
+        ge=0,
+        description="Contexts ranked for recall_at_1_of_20 of each of these numbers; costs what as many "
+        "recall_examples do.",
+    )
+    self_chats: int = Field(
+        default=0,
+        ge=0,
+        description="Conversations of six turns that the model holds with itself, for self_chat_repetition.",
     )
     sampling: Sampling = Field(default=Sampling(), description="How the replies are drawn.")
     sample_prompts: tuple[str, ...] = Field(

@@ -22,6 +22,35 @@ class ServedWeights(Section):
     )
 
 
+class Reranking(Section):
+    """Choice among drawn replies by mutual information, forward and backward (Li et al. 2016)."""
+
+    candidates: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="Replies drawn for every one that is given: the best by mutual information with the context.",
+    )
+    prior_weight: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="A candidate's score is log p(reply | context) less this times log p(reply), per token.",
+    )
+    backward_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="The score also counts this times log p(what was said last | reply) per token; for a model trained "
+        "with train.backward_fraction.",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_choose_from(self) -> Reranking:
+        if self.backward_weight and self.candidates == 1:
+            raise ValueError("backward_weight chooses among candidates; set candidates to 2 or more")
+        return self
+
+
 class Served(Section):
     """Which model."""
 

@@ -1,4 +1,4 @@
-"""Settings of training: length, optimizer, loss, devices."""
+"""Settings of training: length, streams, optimizer, devices."""
 
 from __future__ import annotations
 
@@ -37,6 +37,36 @@ class Train(Section):
     unlabeled_ratio: float = Field(default=3.0, ge=0, le=1000, description="Unlabeled rows per labeled row in a step.")
     pseudo_label_fraction: float = Field(
         default=0.25, ge=0, le=1, description="Share of the unlabeled rows that are pseudo-labeled once a round exists."
+    )
+    back_translation_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the unlabeled rows that hold real replies behind contexts made up by the model, once a "
+        "round exists.",
+    )
+    backward_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the unlabeled rows with dialogues read backwards, so that the model also knows which "
+        "context a reply answers.",
+    )
+    prompts_as_text: bool = Field(
+        default=True, description="Prompts without replies are raw text as well: what a person wrote is learned from."
+    )
+    raw_roles: Literal["text", "alternate"] = Field(
+        default="text",
+        description="Who speaks in raw text. text: not said. alternate: user and assistant in turn, the last turn "
+        "being the assistant's, and prompts that are learned as text change places with replies: pseudo-labels for "
+        "roles, right where two people take turns and both write alike.",
+    )
+    pretrain_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="First part of the steps that trains on raw text alone; what follows is a fine-tuning with a "
+        "warm-up of its own.",
     )
     labeled_only_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="Last part of the steps that trains on labeled dialogues alone."
@@ -97,20 +127,6 @@ class Optimizer(Section):
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this global norm.")
     ema_decay: float = Field(default=0.99, ge=0, lt=1, description="Decay of the averaged weights; 0 keeps no average.")
-
-
-class Objectives(Section):
-    """Weights of the loss terms. Each term is a mean over its own tokens."""
-
-    supervised: float = Field(default=1.0, ge=0, description="Weight of labeled replies.")
-    lm: float = Field(default=1.0, ge=0, description="Weight of raw text.")
-    pseudo: float = Field(default=0.5, ge=0, description="Weight of pseudo-labeled replies after the ramp.")
-    pseudo_ramp: float = Field(
-        default=0.3, ge=0, le=1, description="Fraction of the steps over which the weight of pseudo-labels rises."
-    )
-    prompt_loss_weight: float = Field(
-        default=0.0, ge=0, le=1, description="Weight of a labeled dialogue's other tokens, relative to its replies."
-    )
 
 
 class Mesh(Section):

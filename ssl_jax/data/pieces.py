@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ssl_jax.config import Source
 from ssl_jax.data import formats, named
 from ssl_jax.data.formats import Accepted, Rejected, Unit
 from ssl_jax.data.packaged import Part, ResolvedSource
@@ -77,7 +76,8 @@ class Item:
 
     Attributes:
       source: number of its source.
-      part: the part of a packaged data set's own split; None: it has none, or the source is unlabeled.
+      part: the part of the labeled dialogues that it must be in: that of a packaged data set's own split, or train if
+        it may not be held out. None: any, or the source is unlabeled.
       row: what was read.
       unique_id: whether its id must be the only one of its kind. Packaged data sets know what they repeat.
     """
@@ -128,10 +128,10 @@ def read(piece: Piece, max_turn_bytes: int) -> Iterator[Item]:
                 yield Item(numbers[id(resolved)], part, accepted, unique_id=False)
         elif stretch.units:
             rows = (formats.read_unit(unit, first.source, first.expected, max_turn_bytes) for unit in stretch.units)
-            yield from _of(number, first.source, itertools.chain.from_iterable(rows))
+            yield from _of(number, first, itertools.chain.from_iterable(rows))
         else:
             rows = named.read(first.source, first.expected, max_turn_bytes, stretch.name, stretch.examples)
-            yield from _of(number, first.source, rows)
+            yield from _of(number, first, rows)
 
 
 def _stretches(sources: Sequence[ResolvedSource], size: int) -> Iterator[Stretch]:
@@ -162,17 +162,16 @@ def _stretches(sources: Sequence[ResolvedSource], size: int) -> Iterator[Stretch
                 yield Stretch((resolved,), (number,), (), examples, name, weight)
 
 
-def _of(number: int, source: Source, rows: Iterator[Accepted | Rejected]) -> Iterator[Item]:
+def _of(number: int, resolved: ResolvedSource, rows: Iterator[Accepted | Rejected]) -> Iterator[Item]:
     """The rows of a source, up to its `max_dialogues`."""
-    if source.max_dialogues is None:
-        yield from (Item(number, None, row) for row in rows)
-        return
     taken: set[str] = set()
     for row in rows:
-        yield Item(number, None, row)
-        if isinstance(row, Accepted):
+        is_dialogue = isinstance(row, Accepted)
+        is_train = is_dialogue and row.train_only and resolved.expected == "labeled"
+        yield Item(number, "train" if is_train else None, row)
+        if resolved.source.max_dialogues is not None and is_dialogue and row.left_out is None:
             taken.add(row.dialogue.id)
-            if len(taken) == source.max_dialogues:
+            if len(taken) == resolved.source.max_dialogues:
                 return
 
 

@@ -144,7 +144,10 @@ def _build(
         return Prepared.open(directory)
     data = config.data
     name = config.tokenizer.name_or_path
-    pretrained = DialogueTokenizer.load(name, template=config.tokenizer.template) if name else None
+    wanted = config.tokenizer
+    pretrained = (
+        DialogueTokenizer.load(name, wanted.template, direction_tokens=wanted.direction_tokens) if name else None
+    )
     spooled = _spool(data, resolved, working / "spool", say)
     chosen = selection.select(spooled, data, config.seed)
     rejected = [*spooled.rejected, *chosen.rejected]
@@ -246,7 +249,8 @@ def _fit_tokenizer(config: Config, spooled: Spool, chosen: Selection) -> Dialogu
         drawn = np.argsort(keys["text"][:, 0], kind="stable")
         rows = rows[np.sort(drawn[np.cumsum(keys["size"][drawn]) <= config.tokenizer.fit_bytes])]
     texts = (turn.content for dialogue in spooled.dialogues(rows) for turn in dialogue.turns)
-    return DialogueTokenizer.fit(texts, config.tokenizer.vocab_size)
+    wanted = config.tokenizer
+    return DialogueTokenizer.fit(texts, wanted.vocab_size, direction_tokens=wanted.direction_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _unique_ids(spool: Spool) -> tuple[list[Rejected], np.ndarray]:
     """Rows that repeat an id of the labeled ones, or of the unlabeled ones; and the others."""
     keys, rejected = spool.keys, []
     is_repeated = np.zeros(len(keys), bool)
-    labeled = keys["section"] == SECTIONS.index("unsplit")
+    labeled = np.isin(keys["section"], [SECTIONS.index(name) for name in ("train", "unsplit")])
     for side in (labeled, ~labeled):
         rows = np.flatnonzero(keys["unique_id"] & side)
         first = rows[first_equal(keys["id"][rows])]

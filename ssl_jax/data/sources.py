@@ -115,6 +115,8 @@ def content_hash(config: Config, sources: Sequence[ResolvedSource]) -> str:
         texts = sorted(f for f in folder.iterdir() if f.suffix in _TOKENIZER_SUFFIXES) if folder.is_dir() else []
         hashes = [[file.name, file_hash(file)] for file in texts]
         tokenizer = [config.tokenizer.name_or_path, config.tokenizer.template, hashes]
+    if config.tokenizer.direction_tokens:
+        tokenizer.append("direction_tokens")
     ingredients = {
         "format_version": store.FORMAT_VERSION,
         "data": config.data.model_dump(exclude=_NO_CONTENT),

@@ -82,7 +82,11 @@ def write(folder: Path, data: Data, piece: Piece) -> None:
             dialogue = accepted.dialogue
             if "source" not in dialogue.metadata:
                 dialogue = dataclasses.replace(dialogue, metadata={"source": source.name, **dialogue.metadata})
-            changed, removed, cleaned = _clean(dialogue, steps, data, counts)
+            if accepted.left_out is None:
+                changed, removed, cleaned = _clean(dialogue, steps, data, counts)
+            else:
+                changed, removed, cleaned = [], accepted.left_out, None
+                counts.add(accepted.left_out, dialogue, None)
             line = to_json(cleaned) if cleaned else json.dumps({"id": dialogue.id}).encode()
             stream.write(line + b"\n")
             section = _section(item, source.expected, cleaned or dialogue)

@@ -35,6 +35,9 @@ PAD = "<|pad|>"
 END_OF_TURN = "<|endofturn|>"
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ROLES}
 CONTROL_TOKENS = (END_OF_TEXT, PAD, *ROLE_TOKENS.values(), END_OF_TURN)
+BACKWARD = "<|backward|>"
+SYNTHETIC = "<|synthetic|>"
+DIRECTION_TOKENS = (BACKWARD, SYNTHETIC)
 
 _ENCODE_CHUNK = 512
 _MAX_TOKEN_CHARACTERS = 32
@@ -86,6 +89,9 @@ class DialogueTokenizer:
       pad_id, end_of_text_id: the tokenizer's own where it has them.
       end_ids: tokens that end an assistant's turn; the first one is what the template writes.
       suppressed_ids: all other control tokens; they have no place in a reply.
+      backward_id: what a dialogue that is read from its last turn to its first begins with; None without direction
+        tokens.
+      synthetic_id: what a dialogue begins with whose context a model made up; None without direction tokens.
       reply_start: int32[n], n >= 1: what opens an assistant's turn where nothing was said before.
     """
 
@@ -96,6 +102,7 @@ class DialogueTokenizer:
         template: TemplateName = "role_tokens",
         named_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
+        direction_tokens: bool = False,
     ) -> None:
         """Wraps `backend`, adding the control tokens that `template` needs and it lacks.
 
@@ -104,11 +111,17 @@ class DialogueTokenizer:
           template: how to read dialogues.
           named_tokens: spelling of the control tokens that have a part: `eos_token`, `pad_token`, ….
           chat_template: for the template of that name, the Jinja template.
+          direction_tokens: add the tokens of `backward_id` and `synthetic_id`; a vocabulary that has them keeps them.
 
         Raises:
-          UserError: the backend turns text that spells a control token into that control token, or the chat template
-            cannot be used.
+          UserError: the backend turns text that spells a control token into that control token, the chat template
+            cannot be used, or direction tokens are to go with another template than role_tokens.
         """
+        if direction_tokens and template != "role_tokens":
+            raise UserError(
+                f"tokenizer.template {template}: tokenizer.direction_tokens needs turns that begin with a token for "
+                "their role; set tokenizer.template role_tokens, or tokenizer.direction_tokens false"
+            )
         backend.no_padding()
         backend.no_truncation()
         self.base_vocab_size = _vocab_size(backend)
@@ -120,7 +133,7 @@ class DialogueTokenizer:
         added = []
         if template == "role_tokens":
             named.setdefault("pad_token", PAD)
-            added = [*ROLE_TOKENS.values(), END_OF_TURN]
+            added = [*ROLE_TOKENS.values(), END_OF_TURN, *(DIRECTION_TOKENS if direction_tokens else ())]
         elif template == "chat_template":
             added = _markers(backend, chat_template or "")
         _add_control_tokens(backend, [*named.values(), *added])
@@ -147,6 +160,8 @@ class DialogueTokenizer:
         self._lossless = backend.decode(ids_of_all, skip_special_tokens=False) == _ALL_BYTES
         self.end_of_text_id: int = special[end_of_text].id
         self.pad_id: int = ids.get("pad_token", self.end_of_text_id)
+        self.backward_id: int | None = self._direction_id(BACKWARD)
+        self.synthetic_id: int | None = self._direction_id(SYNTHETIC)
         self._check_text_is_text(writes_unknown)
 
         self._template = self._make_template(end_of_text, chat_template)
@@ -162,7 +177,7 @@ class DialogueTokenizer:
         self.reply_start: np.ndarray = header.tokens
 
     @classmethod
-    def fit(cls, texts: Iterable[str], vocab_size: int) -> DialogueTokenizer:
+    def fit(cls, texts: Iterable[str], vocab_size: int, *, direction_tokens: bool = False) -> DialogueTokenizer:
         """Fits a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2), with the template role_tokens.
 
         The same texts give the same vocabulary.
@@ -170,20 +185,21 @@ class DialogueTokenizer:
         Args:
           texts: what to learn the merges from, in any order.
           vocab_size: upper bound on the ids, 256 bytes and the control tokens included.
+          direction_tokens: as in `__init__`.
         """
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
         backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(CONTROL_TOKENS),
+            special_tokens=[*CONTROL_TOKENS, *(DIRECTION_TOKENS if direction_tokens else ())],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
             # Without a bound, one long run of a repeated character becomes tokens that are as long as the run.
             max_token_length=_MAX_TOKEN_CHARACTERS,
         )
         backend.train_from_iterator(texts, trainer)
-        return cls(backend)
+        return cls(backend, direction_tokens=direction_tokens)
 
     @classmethod
     def load(
@@ -191,6 +207,8 @@ class DialogueTokenizer:
         directory_or_name: str | Path,
         template: str = "auto",
         fallback: TemplateName = "role_tokens",
+        *,
+        direction_tokens: bool = False,
     ) -> DialogueTokenizer:
         """Loads what `save` wrote, or any Hugging Face fast tokenizer (a directory or a hub name).
 
@@ -199,6 +217,7 @@ class DialogueTokenizer:
           template: how to read dialogues. auto: what `save` recorded; else role_tokens if the vocabulary has their
             tokens; else the tokenizer's own chat template; else `fallback`.
           fallback: where nothing says how.
+          direction_tokens: as in `__init__`.
 
         Raises:
           UserError: there is no such tokenizer, a file is missing, it has no fast version, or it does not go with the
@@ -209,7 +228,27 @@ class DialogueTokenizer:
             raise UserError(f"tokenizer.template {template}: use one of auto, {', '.join(get_args(TemplateName))}")
         files = tokenizer_files.read(directory_or_name)
         resolved = wanted or _recorded(files) or fallback
-        return cls(files.backend, template=resolved, named_tokens=files.named_tokens, chat_template=files.chat_template)
+        return cls(
+            files.backend,
+            template=resolved,
+            named_tokens=files.named_tokens,
+            chat_template=files.chat_template,
+            direction_tokens=direction_tokens,
+        )
+
+    @property
+    def role_ids(self) -> Mapping[str, int]:
+        """Id of the token that opens a turn, by role.
+
+        Raises:
+          UserError: the template does not mark turns by such tokens.
+        """
+        return self._role_tokens.role_ids
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """Id of the token that ends every turn; `role_ids` says when there is one."""
+        return self._role_tokens.end_of_turn
 
     def end_also_with(self, ids: Iterable[int]) -> None:
         """Adds tokens that end an assistant's turn, where a model was trained to write others than the template's."""
@@ -318,6 +357,19 @@ class DialogueTokenizer:
     @functools.cached_property
     def _content_of_reply(self) -> int:
         return next(place for place, part in enumerate(self._template.reply) if isinstance(part, Content))
+
+    @property
+    def _role_tokens(self) -> RoleTokens:
+        if not isinstance(self._template, RoleTokens):
+            raise UserError(
+                f"tokenizer.template {self.template}: its turns have no tokens that tell one from the next, which "
+                "train.raw_roles alternate and train.backward_fraction go by; use tokenizer.template role_tokens"
+            )
+        return self._template
+
+    def _direction_id(self, token: str) -> int | None:
+        known = self.template == "role_tokens" and token in self._special
+        return self._special[token].id if known else None
 
     def _without_control(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         return [token for token in map(int, ids) if token not in self._control_ids]

@@ -2,7 +2,8 @@
 
 | family | formats | module |
 |---|---|---|
-| JSON objects (lines, or one array) | messages, prompt_completion, sharegpt, alpaca; forum | `json_rows`, `forum` |
+| JSON objects (lines, or one array) | messages, prompt_completion, sharegpt, alpaca | `json_rows` |
+| | forum; review | modules of these names |
 | plain lines | text, log, parlai | `plain` |
 | tables | parquet | `parquet` |
 | messengers | whatsapp, telegram, discord, slack | modules of these names, over `chat` |

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_jax.config.data import PostFields
-from ssl_jax.data.formats import discord, forum, json_rows, json_text, parquet, plain, slack, telegram, whatsapp
+from ssl_jax.data.formats import discord, forum, json_rows, json_text, parquet, plain, review, slack, telegram, whatsapp
 from ssl_jax.data.formats.lines import Line, document, filled_lines, head
 from ssl_jax.data.formats.paths import slack_export, suffix
 from ssl_jax.data.formats.rows import BadRow
@@ -68,6 +68,8 @@ def _format_of(value: dict[str, Any], posts: PostFields) -> str | None:
         return "telegram"
     if slack.is_slack(value):
         return "slack"
+    if review.is_review(value):
+        return "review"
     if "messages" not in value and forum.is_post(value, posts):
         return "forum"
     return json_rows.format_of(value)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ssl_jax.config import Source
-from ssl_jax.data.formats import discord, forum, json_rows, lines, parquet, plain, slack, telegram, whatsapp
+from ssl_jax.data.formats import discord, forum, json_rows, lines, parquet, plain, review, slack, telegram, whatsapp
 from ssl_jax.data.formats.detect import detect
 from ssl_jax.data.formats.lines import Span
 from ssl_jax.data.formats.paths import find_files, slack_export, slack_users
@@ -101,10 +101,10 @@ def read(
         for row in read_unit(unit, source, expected, max_turn_bytes):
             if isinstance(row, Rejected):
                 yield row
-            elif (first := seen.setdefault(row.dialogue.id, row)) is row:
-                yield row.dialogue
-            else:
+            elif (first := seen.setdefault(row.dialogue.id, row)) is not row:
                 yield duplicate_id(row.file, row.line, row.dialogue.id, first.place)
+            elif row.left_out is None:
+                yield row.dialogue
 
 
 def read_unit(unit: Unit, source: Source, expected: Expected, max_turn_bytes: int) -> Iterator[Accepted | Rejected]:
@@ -134,7 +134,7 @@ def read_unit(unit: Unit, source: Source, expected: Expected, max_turn_bytes: in
                 continue
             try:
                 dialogue = finish(row, f"{name}:{row.line}", expected, max_turn_bytes, name)
-                yield Accepted(dialogue, str(file), name, row.line)
+                yield Accepted(dialogue, str(file), name, row.line, row.left_out, row.train_only)
             except BadRow as bad:
                 yield Rejected(str(file), bad.line or row.line, bad.reason, bad.detail)
     except OSError as error:
@@ -178,6 +178,8 @@ def _rows(unit: Unit, source: Source, expected: Expected) -> Iterator[Row | BadR
             rows = slack.read(unit.files, source, slack_users(file))
         case "forum":
             rows = forum.read(file, source)
+        case "review":
+            return review.read(file, source)
         case _ if parquet.is_parquet(file):
             return parquet.read(file, source, format)
         case _:

@@ -42,12 +42,16 @@ class Accepted:
       file: as in `Rejected`.
       name: what the file is called in ids.
       line: as in `Rejected`.
+      left_out: why it is not to be used, though nothing is wrong with it; counted as a step that removed it.
+      train_only: it may not be held out.
     """
 
     dialogue: Dialogue
     file: str
     name: str
     line: int
+    left_out: str | None = None
+    train_only: bool = False
 
     @property
     def place(self) -> str:
@@ -91,6 +95,8 @@ class Row:
       is_log: it was written down without a reply in mind.
       per_turn: metadata that has one value for each turn.
       file: where it is, if that is not the file that is being read.
+      left_out: as in `Accepted`.
+      train_only: as in `Accepted`.
     """
 
     line: int
@@ -100,6 +106,8 @@ class Row:
     is_log: bool = False
     per_turn: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     file: Path | None = None
+    left_out: str | None = None
+    train_only: bool = False
 
 
 def attempt(line: int, parse: Callable[[], Value]) -> Value | BadRow:
@@ -116,7 +124,8 @@ def finish(row: Row, default_id: str, expected: Expected, max_turn_bytes: int, s
     Raises:
       BadRow: it does not fit.
     """
-    for position, turn in enumerate(row.turns):
+    # Whoever rejects a reply may have emptied it first.
+    for position, turn in enumerate(row.turns if row.left_out is None else ()):
         if not turn.content.strip():
             raise BadRow("empty reply" if turn.role == "assistant" else "empty turn", f"message {position}")
         if (size := len(turn.content.encode())) > max_turn_bytes:
@@ -133,12 +142,12 @@ def finish(row: Row, default_id: str, expected: Expected, max_turn_bytes: int, s
         dialogue = Dialogue(turns, id=row.id or default_id, metadata=metadata)
     except ValueError as error:
         raise BadRow("roles on some turns only", str(error)) from None
-    if expected == "labeled":
+    if expected == "labeled" and row.left_out is None:
         if dialogue.kind == "raw":
             raise BadRow("no roles", "a labeled dialogue says who speaks")
         if dialogue.kind == "prompt":
             raise BadRow("no reply", f"ends in a {dialogue.turns[-1].role} turn")
-    elif dialogue.kind == "labeled" or row.is_log:
+    if expected == "unlabeled" and (dialogue.kind == "labeled" or row.is_log):
         return dataclasses.replace(dialogue, turns=tuple(Turn("text", turn.content) for turn in turns))
     return dialogue
 

@@ -1,0 +1,77 @@
+"""Two finished evaluations of the same dialogues side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_jax import files, metrics
+from ssl_jax.errors import UserError
+
+
+def read(flag: str, directory: str, name: str, flags: str) -> dict[str, Any]:
+    """An evaluation that a work directory holds.
+
+    Args:
+      flag: which flag names the directory.
+      directory: the work directory.
+      name: of the file.
+      flags: of the command that writes it, besides the work directory.
+
+    Raises:
+      UserError: there is none; the message says which command makes it.
+    """
+    path = Path(directory) / name
+    if not path.is_file():
+        raise UserError(
+            f"{flag} {directory} has no {name}; make it with python -m ssl_jax.evaluate --workdir {directory} {flags}"
+        )
+    return files.read_json(path)
+
+
+def compare(
+    evaluation: Mapping[str, Any], baseline: Mapping[str, Any], oracle: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """How an evaluation differs from a baseline's, and how much of the way to an oracle's it goes.
+
+    Args:
+      evaluation, baseline, oracle: results of `measure.full`.
+
+    Returns:
+      `reply_bits_per_byte`: value minus the baseline's with the 95 % interval of `metrics.paired_bootstrap` over
+      dialogues, as `value`, `low`, `high`; below 0 where the evaluation is better. `differences`: value minus the
+      baseline's of every metric that both have. With an oracle `gap_closed`: the fields of `metrics.GapClosed`.
+
+    Raises:
+      UserError: the evaluations are not of the same dialogues.
+    """
+    for flag, other in (("--baseline", baseline), ("--oracle", oracle)):
+        if other is not None and any(
+            other["dialogues"][name] != evaluation["dialogues"][name] for name in ("id", "bytes")
+        ):
+            raise UserError(
+                f"{flag}: its evaluation is of other dialogues than --workdir's; evaluate both on the same data and "
+                "with the same evaluation.test_dialogues"
+            )
+    num_bytes = evaluation["dialogues"]["bytes"]
+    bits, baseline_bits = (
+        np.array(result["dialogues"]["nll"], np.float64) / math.log(2) for result in (evaluation, baseline)
+    )
+    interval = metrics.paired_bootstrap(bits, num_bytes, baseline_bits, num_bytes)
+    result: dict[str, Any] = {
+        "reply_bits_per_byte": dataclasses.asdict(interval),
+        "differences": {
+            name: value - baseline["metrics"][name]
+            for name, value in evaluation["metrics"].items()
+            if name in baseline["metrics"]
+        },
+    }
+    if oracle is not None:
+        floor, method, best = (one["dialogues"]["nll"] for one in (baseline, evaluation, oracle))
+        result["gap_closed"] = dataclasses.asdict(metrics.gap_closed(floor, method, best, num_bytes))
+    return result

@@ -1,0 +1,1 @@
+"""Labels that a teacher makes: drawn, scored, filtered, written as rounds."""
