@@ -62,8 +62,8 @@ def warnings(languages: Mapping[str, Any]) -> list[str]:
         return []
     told = [f"{max(one, key=one.__getitem__)} ({max(one.values()):.0%})" for one in (labeled, unlabeled)]
     return [
-        f"warning: most labeled dialogues are {told[0]}, most unlabeled ones {told[1]}; another language teaches little: "
-        "see the cleaning step language of data.cleaning"
+        f"warning: most labeled dialogues are {told[0]}, most unlabeled ones {told[1]}; another language teaches "
+        "little; the step language of data.cleaning removes it"
     ]
 
 

@@ -105,11 +105,11 @@ def test_a_run_that_is_interrupted_ends_as_the_undisturbed_one(
 
 def test_a_finished_run_teaches_another_and_a_stranger_is_refused(tmp_path: Path) -> None:
     teach = ["--distillation.weight=1", "--distillation.streams=[labeled]", "--evaluation.generated-replies=0"]
-    teacher = f"--distillation.teachers=[ema, {tiny.finished()}]"
+    teacher = ["--distillation.teachers", "ema", str(tiny.finished())]
     agreement = "--distillation.weighting=agreement"
-    workdir = tiny.run_train(tiny.config_file(), tmp_path / "run", *teach, teacher, agreement)
+    workdir = tiny.run_train(tiny.config_file(), tmp_path / "run", *teach, *teacher, agreement)
     lines = [line for line in tiny.metrics(workdir) if "loss/distillation" in line]
     assert len(lines) == tiny.STEPS and all(line["loss/distillation"] > 0 for line in lines)
-    stranger = [*teach, teacher, agreement, "--tokenizer.vocab-size=310"]
+    stranger = [*teach, *teacher, agreement, "--tokenizer.vocab-size=310"]
     with pytest.raises(UserError, match=r"distillation.teachers: .* has another tokenizer than this run"):
         tiny.run_train(tiny.config_file(), tmp_path / "other", *stranger)
