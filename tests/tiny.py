@@ -20,6 +20,7 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 from ssl_jax import loading, train
+from ssl_jax.training_streams import ROUNDS
 
 ROOT = Path(__file__).parent.parent
 THINGS = (
@@ -202,7 +203,9 @@ def run_command(name: str, *arguments: str, devices: int = 1) -> subprocess.Comp
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` without what depends on the clock."""
-    clocks = ("time", "tokens_per_sec", "pseudo/tokens_per_sec", "pseudo/seconds")
+    clocks = {"time", "tokens_per_sec"} | {
+        f"{kind}/{name}" for kind in ROUNDS for name in ("seconds", "tokens_per_sec")
+    }
     return [
         {name: value for name, value in line.items() if name not in clocks}
         for line in read_jsonl(workdir / "metrics.jsonl")
