@@ -42,6 +42,16 @@ class Reply:
         """Sum of `token_logprobs`, nats."""
         return math.fsum(self.token_logprobs)
 
+    @property
+    def mean_logprob(self) -> float:
+        """`logprob` per token, the end counted as one, nats."""
+        return mean_logprob(self.logprob, self.tokens)
+
+
+def mean_logprob(logprob: float, tokens: int) -> float:
+    """How certain a model was of a reply: its log-probability (nats) per token; the end of the reply counts as one."""
+    return logprob / (tokens + 1)
+
 
 def sampler_options(
     settings: config.Sampling,

@@ -86,12 +86,13 @@ def choose(rows: Sequence[dict[str, Any]], command: Review) -> list[dict[str, An
 
 def _row(row: Mapping[str, Any], number: int, teacher_step: int) -> dict[str, Any]:
     """A row of a round as a row of `review.jsonl`."""
+    from ssl_jax.replies import mean_logprob
+
     return {
         "id": row["id"],
         "messages": row["messages"],
-        # The round's own score may weigh other things too; how certain the teacher was does not depend on them. The end
-        # of the reply counts as a token.
-        "score": row["logprob"] / (row["tokens"] + 1),
+        # The round's own score may weigh other things too; how certain the teacher was does not depend on them.
+        "score": mean_logprob(row["logprob"], row["tokens"]),
         "round": number,
         "teacher_step": teacher_step,
         "verdict": None,

@@ -121,11 +121,11 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     objective_weights = settings.objective_weights(state.step)
     batch = {**batch, "factors": objectives.token_weights(batch["stream"], batch["loss_weights"], objective_weights)}
-    teaching, taught = settings.teaching, jnp.zeros(())
+    teaching, teaching_weight, taught = settings.teaching, jnp.zeros(()), jnp.zeros(())
     if teaching is not None:
-        weight = teaching.weight(state.step)
+        teaching_weight = teaching.weight(state.step)
         batch["soft_factors"], taught = objectives.soft_weights(
-            batch["stream"], batch["loss_weights"], teaching.streams, weight
+            batch["stream"], batch["loss_weights"], teaching.streams, teaching_weight
         )
     gradients, sums = _gradients(shape, settings, state, _all_teachers(settings, state, teachers), batch, key)
 
@@ -163,7 +163,7 @@ def train_step(
     }
     metrics = {"loss": sums.loss, "grad_norm": grad_norm, "lr": rate, "skipped": next_state.skipped}
     if teaching is not None:
-        reported["distillation"] = (sums.divergence, taught, teaching.weight(state.step))
+        reported["distillation"] = (sums.divergence, taught, teaching_weight)
         metrics["distillation/confidence"] = sums.statistics.confidence / jnp.maximum(sums.statistics.count, 1.0)
         metrics["distillation/token_weight"] = sums.token_weight / jnp.maximum(taught, 1e-9)
     if settings.r_drop:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,62 +12,16 @@ import numpy as np
 from ssl_jax import workdir
 from ssl_jax.config import Config
 from ssl_jax.data import directions
+from ssl_jax.data.collection import Collection, joined
 from ssl_jax.data.mixture import dialogue_weights
 from ssl_jax.data.store import Prepared
 from ssl_jax.data.streams import PackedStream
-from ssl_jax.data.tokenizer import EncodedDialogue
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.pseudo_labels import noise, rounds
 from ssl_jax.pseudo_labels.make import choose
 
 ROUNDS = {"pseudo": workdir.PSEUDO_LABELS, "translated": workdir.BACK_TRANSLATIONS}
 """Where the work directory keeps the rounds that a stream is made of."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Collection:
-    """Encoded dialogues and their columns.
-
-    Attributes:
-      dialogues: by number.
-      lengths: tokens of each, int `[N]`.
-      prefix_lengths: tokens of each one's system turn, int `[N]`.
-      weights: how many times an epoch shows each, `[N]`; None: once.
-    """
-
-    dialogues: Sequence[EncodedDialogue]
-    lengths: np.ndarray
-    prefix_lengths: np.ndarray
-    weights: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def chosen(self, numbers: np.ndarray) -> Collection:
-        """Some of them, in the given order."""
-        weights = None if self.weights is None else self.weights[numbers]
-        return Collection(
-            _Chosen(self.dialogues, numbers), self.lengths[numbers], self.prefix_lengths[numbers], weights
-        )
-
-    def seen_as(self, view: directions.View) -> Collection:
-        """The same dialogues, read in another way."""
-        return Collection(view, view.lengths, view.prefix_lengths, self.weights)
-
-
-def joined(collections: Sequence[Collection]) -> Collection:
-    """One collection after another."""
-    if len(collections) == 1:
-        return collections[0]
-    weights = None
-    if any(one.weights is not None for one in collections):
-        weights = np.concatenate([np.ones(len(one)) if one.weights is None else one.weights for one in collections])
-    return Collection(
-        _Joined([one.dialogues for one in collections]),
-        np.concatenate([one.lengths for one in collections]),
-        np.concatenate([one.prefix_lengths for one in collections]),
-        weights,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,19 +104,15 @@ class TrainingStreams:
     def _raw(self) -> list[Collection]:
         """Raw text and, where they count as such, prompts."""
         train, tokenizer, collections = self.config.train, self.prepared.tokenizer, []
+        has_roles = train.raw_roles == "alternate"
         if "raw_train" in self.prepared.splits:
             raw = self._split("raw_train")
-            if train.raw_roles == "alternate":
-                view = directions.Alternating(raw.dialogues, tokenizer, raw.lengths, raw.prefix_lengths)
-                raw = raw.seen_as(view)
-            collections.append(raw)
+            collections.append(raw.read_as(partial(directions.alternating, tokenizer=tokenizer)) if has_roles else raw)
         if "prompt_train" in self.prepared.splits and train.prompts_as_text:
             prompts = self._split("prompt_train")
-            if train.raw_roles == "alternate":
-                view = directions.Swapped(prompts.dialogues, tokenizer, prompts.lengths, prompts.prefix_lengths)
-                prompts = prompts.seen_as(view)
-            view = directions.AsText(prompts.dialogues, tokenizer, prompts.lengths, prompts.prefix_lengths)
-            collections.append(prompts.seen_as(view))
+            if has_roles:
+                prompts = prompts.read_as(partial(directions.swapped, tokenizer=tokenizer))
+            collections.append(prompts.read_as(directions.as_text))
         return collections
 
     def _backward(self) -> Collection:
@@ -172,9 +121,7 @@ class TrainingStreams:
         if "raw_train" in self.prepared.splits:
             several = np.flatnonzero(self.prepared.turn_counts("raw_train") > 1)
             collections += [self._raw()[0].chosen(several)] if len(several) else []
-        forward = joined(collections)
-        view = directions.Backward(forward.dialogues, self.prepared.tokenizer, forward.lengths, forward.prefix_lengths)
-        return forward.seen_as(view)
+        return joined(collections).read_as(partial(directions.backward, tokenizer=self.prepared.tokenizer), marks=1)
 
     def _split(self, split: str) -> Collection:
         prepared = self.prepared
@@ -192,38 +139,6 @@ class TrainingStreams:
             context_weight=context_weight,
             weights=collection.weights,
         )
-
-
-class _Joined(Sequence[EncodedDialogue]):
-    """Several sequences as one."""
-
-    def __init__(self, parts: Sequence[Sequence[EncodedDialogue]]) -> None:
-        self._parts = parts
-        self._starts = [0, *itertools.accumulate(len(part) for part in parts)]
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        part = bisect.bisect_right(self._starts, range(len(self))[index]) - 1
-        return self._parts[part][range(len(self))[index] - self._starts[part]]
-
-
-class _Chosen(Sequence[EncodedDialogue]):
-    """Some of a sequence, by number."""
-
-    def __init__(self, dialogues: Sequence[EncodedDialogue], numbers: np.ndarray) -> None:
-        self._dialogues, self._numbers = dialogues, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return self._dialogues[int(self._numbers[index])]
 
 
 def _one_reply(dialogue: Dialogue, seed: int) -> Dialogue:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_jax.data import directions
-from ssl_jax.data.directions import Alternating, AsText, Backward
+from ssl_jax.data.collection import Collection
 from ssl_jax.data.packing import cut_windows
 from ssl_jax.data.tokenizer import CONTROL_TOKENS, DIRECTION_TOKENS, DialogueTokenizer, EncodedDialogue
 from ssl_jax.dialogue import Dialogue, Turn
@@ -139,26 +141,26 @@ def test_a_made_up_context_is_marked_and_the_mark_not_learned() -> None:
         assert marked.prefix_length == plain.prefix_length + 1 and marked.reply_bytes == plain.reply_bytes
 
 
+READINGS = {
+    "text": (directions.as_text, 0),
+    "roles": (partial(directions.alternating, tokenizer=TOKENIZER), 0),
+    "swapped": (partial(directions.swapped, tokenizer=TOKENIZER), 0),
+    "backward": (partial(directions.backward, tokenizer=TOKENIZER), 1),
+    "marked": (partial(directions.synthetic, tokenizer=TOKENIZER), 1),
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
 @given(st.lists(dialogues(), max_size=4))
-def test_views_read_as_the_functions_do_and_know_the_lengths(encoded: list[EncodedDialogue]) -> None:
+def test_a_collection_knows_the_lengths_of_every_reading(name: str, encoded: list[EncodedDialogue]) -> None:
+    reading, marks = READINGS[name]
     lengths = np.array([len(one.tokens) for one in encoded], np.int32)
     prefixes = np.array([one.prefix_length for one in encoded], np.int32)
-    arguments = (TOKENIZER, lengths, prefixes)
-    text, speakers, back = AsText(encoded, *arguments), Alternating(encoded, *arguments), Backward(encoded, *arguments)
-    both = Backward(speakers, TOKENIZER, speakers.lengths, speakers.prefix_lengths)
-    functions = [
-        (text, directions.as_text),
-        (speakers, lambda one: directions.alternating(one, TOKENIZER)),
-        (back, lambda one: directions.backward(one, TOKENIZER)),
-        (both, lambda one: directions.backward(directions.alternating(one, TOKENIZER), TOKENIZER)),
-    ]
-    for view, function in functions:
-        assert len(view) == len(encoded)
-        assert [len(one.tokens) for one in view] == view.lengths.tolist()
-        assert [one.prefix_length for one in view] == view.prefix_lengths.tolist()
-        assert all(same(view[number], function(one)) for number, one in enumerate(encoded))
-        assert all(same(shown, view[number]) for number, shown in enumerate(view[:]))
-        assert all(same(shown, view[number]) for number, shown in zip(range(1, len(view), 2), view[1::2], strict=True))
+    read = Collection(encoded, lengths, prefixes).read_as(reading, marks=marks)
+    assert [len(one.tokens) for one in read.dialogues] == read.lengths.tolist()
+    assert [one.prefix_length for one in read.dialogues] == read.prefix_lengths.tolist()
+    assert len(read) == len(encoded)
+    assert all(same(read.dialogues[number], reading(one)) for number, one in enumerate(encoded))
 
 
 @given(dialogues())
@@ -190,7 +192,6 @@ def test_what_is_missing_is_named() -> None:
         lambda: directions.backward(encoded, plain),
         lambda: directions.backward_prompt("a", plain, 50),
         lambda: directions.synthetic(encoded, plain),
-        lambda: Backward([encoded], plain, np.array([len(encoded.tokens)])),
     ):
         with pytest.raises(UserError, match=r"tokenizer\.direction_tokens"):
             needs()

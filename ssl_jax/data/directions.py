@@ -5,17 +5,14 @@ the token of its role to the end of turn, and no content can hold either of them
 turn of `EncodedDialogue.prefix_length` tokens, stays in front. A mark is added to its end, and counts as a part of it:
 all windows of a long dialogue then begin with it.
 
-Every reading is a function of one dialogue and a view of many. A view reads when it is asked for a dialogue, and can be
-a view of another one: `Backward(Alternating(…), …)`.
+Every reading is a function of one dialogue; `Collection.read_as` reads many, each when it is asked for.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import overload
 
 import numpy as np
 
@@ -138,89 +135,6 @@ def backward_id(tokenizer: DialogueTokenizer) -> int:
             "set tokenizer.direction_tokens true, and train with train.backward_fraction above 0"
         )
     return tokenizer.backward_id
-
-
-class View(Sequence[EncodedDialogue]):
-    """Dialogues as one of the functions above reads them, each when it is asked for.
-
-    Attributes:
-      lengths: tokens of every dialogue as it is read, int `[N]`.
-      prefix_lengths: of these, tokens of the part that every window of a long dialogue repeats, int `[N]`.
-    """
-
-    def __init__(
-        self,
-        dialogues: Sequence[EncodedDialogue],
-        tokenizer: DialogueTokenizer,
-        lengths: np.ndarray,
-        prefix_lengths: np.ndarray | None = None,
-    ) -> None:
-        """Takes dialogues by number, and their tokens and those of their system turns (none by default), int `[N]`."""
-        self._dialogues = dialogues
-        self._tokenizer = tokenizer
-        self.lengths = np.asarray(lengths)
-        self.prefix_lengths = np.zeros_like(self.lengths) if prefix_lengths is None else np.asarray(prefix_lengths)
-
-    def __len__(self) -> int:
-        return len(self._dialogues)
-
-    @overload
-    def __getitem__(self, index: int) -> EncodedDialogue: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[EncodedDialogue]: ...
-    def __getitem__(self, index: int | slice) -> EncodedDialogue | list[EncodedDialogue]:
-        if isinstance(index, slice):
-            return [self._read(dialogue) for dialogue in self._dialogues[index]]
-        return self._read(self._dialogues[index])
-
-    @abc.abstractmethod
-    def _read(self, encoded: EncodedDialogue) -> EncodedDialogue:
-        """One dialogue as this view shows it."""
-
-
-class Backward(View):
-    """Dialogues read from their last turn to their first (`backward`)."""
-
-    def __init__(
-        self,
-        dialogues: Sequence[EncodedDialogue],
-        tokenizer: DialogueTokenizer,
-        lengths: np.ndarray,
-        prefix_lengths: np.ndarray | None = None,
-    ) -> None:
-        """As of `View`.
-
-        Raises:
-          UserError: the tokenizer has no direction tokens.
-        """
-        backward_id(tokenizer)
-        super().__init__(dialogues, tokenizer, lengths, prefix_lengths)
-        self.lengths = self.lengths + 1
-        self.prefix_lengths = self.prefix_lengths + 1
-
-    def _read(self, encoded: EncodedDialogue) -> EncodedDialogue:
-        return backward(encoded, self._tokenizer)
-
-
-class Alternating(View):
-    """Raw text with imputed speakers (`alternating`)."""
-
-    def _read(self, encoded: EncodedDialogue) -> EncodedDialogue:
-        return alternating(encoded, self._tokenizer)
-
-
-class Swapped(View):
-    """Dialogues with user and assistant in each other's place (`swapped`)."""
-
-    def _read(self, encoded: EncodedDialogue) -> EncodedDialogue:
-        return swapped(encoded, self._tokenizer)
-
-
-class AsText(View):
-    """Prompts that are learned as raw text is (`as_text`)."""
-
-    def _read(self, encoded: EncodedDialogue) -> EncodedDialogue:
-        return as_text(encoded)
 
 
 def _turn_bounds(encoded: EncodedDialogue, tokenizer: DialogueTokenizer) -> list[int]:

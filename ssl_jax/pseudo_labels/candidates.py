@@ -61,8 +61,8 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """What it is chosen by: of `scores`, or the mean log-probability per token, the end counted (nats)."""
-        return self.reply.logprob / (self.reply.tokens + 1) if self.scores is None else self.scores.score
+        """What it is chosen by: of `scores`, or the mean log-probability per token (nats)."""
+        return self.reply.mean_logprob if self.scores is None else self.scores.score
 
     @property
     def reply_tokens(self) -> int:
