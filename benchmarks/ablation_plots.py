@@ -63,6 +63,7 @@ def _gap_closed(comparison: Comparison) -> Figure | None:
             axes.plot([100 * share.low, 100 * share.high], [height, height], color=color, linewidth=1.5)
             axes.plot(100 * share.value, height, "o", color=color, markersize=5)
         axes.set_yticks(range(len(shares)), labels=[name.replace("_", " ") for name in reversed(shares)])
+        axes.set_ylim(len(shares) - most - 0.5, len(shares) - 0.5)  # lines of all panels lie equally close
         for end in (0, 100):
             axes.axvline(end, color=_FAINT, linewidth=1, zorder=0)
         axes.set_title(f"{regime}, {budget:,} labeled dialogues", fontsize=10)

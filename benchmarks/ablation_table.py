@@ -30,7 +30,21 @@ _HEADER = (
     "minutes",
     "seeds",
 )
-_SUMMARIZED = ("floor_untuned", "floor", "pretrain", "lm", "pseudo_filtered", "shuffled", "full", "oracle")
+_SUMMARIZED = (
+    "floor_untuned",
+    "floor",
+    "pretrain",
+    "lm",
+    "pseudo_unfiltered",
+    "pseudo_filtered",
+    "shuffled",
+    "ema",
+    "ensemble_kd",
+    "back_translation",
+    "r_drop",
+    "full",
+    "oracle",
+)
 
 _INTRODUCTION = """# What each method is worth
 
@@ -48,8 +62,9 @@ Every row is the same network on the same number of training tokens; only the me
 - The statistics of drawn replies are distances to those of people: best at 0, the length ratio at 1.
 
 One tokenizer serves all rows, a byte-level BPE fitted on the smallest label budget and its logs, so that equal steps
-are equal tokens; bits per byte do not depend on a tokenizer. R-Drop reads every row twice and has half as many. A row
-that has not been run says so. Where there is one seed, a difference as small as that between seeds says nothing.
+are equal tokens; bits per byte do not depend on a tokenizer. R-Drop reads every row twice and has half as many. Below
+a table stand the rows that have not been run. Where there is one seed, a difference as small as that between seeds says
+nothing.
 """
 
 
@@ -188,13 +203,16 @@ def page(comparison: Comparison, command: str, plots: Sequence[str]) -> str:
 
 
 def table(comparison: Comparison, regime: str, budget: int) -> str:
-    """The table of a regime and a budget."""
-    known = [comparison.figures(row, regime, budget) for row in comparison.rows(regime, budget)]
+    """The table of a regime and a budget, and a line with the rows that have not been run."""
+    applying = [comparison.figures(row, regime, budget) for row in comparison.rows(regime, budget)]
+    known = [figures for figures in applying if figures.runs or figures.failure]
+    missing = [figures.row.title for figures in applying if not (figures.runs or figures.failure)]
     baselines = comparison.values.get("baselines", {}).get(f"{regime}-{budget}", [])
     rows = [*map(_baseline_cells, baselines), *map(_cells, known)]
     if human := next((run["human"] for figures in known for run in figures.runs if run["human"]), None):
         rows.append(_fill("people", {"repetition-4": f"{human['repetition_4']:.3f}", "length ratio": "1.00"}))
-    return markdown_table(_HEADER, rows)
+    left_out = f"\n\nNot run: {', '.join(missing)}." if missing else ""
+    return markdown_table(_HEADER, rows) + left_out
 
 
 def summary(comparison: Comparison) -> str:
@@ -220,7 +238,7 @@ def closed(figures: Figures) -> str:
 
 def _cells(figures: Figures) -> tuple[str, ...]:
     if not figures.runs:
-        return _fill(figures.row.title, {"reply bits/byte": figures.failure or "not run"})
+        return _fill(figures.row.title, {"reply bits/byte": figures.failure})
     runs = figures.runs
     # Others have never seen the token that begins such a dialogue.
     reads_backward = any("train.backward_fraction" in recipe.settings for recipe in figures.row.recipes.values())
