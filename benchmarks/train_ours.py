@@ -73,7 +73,7 @@ class Training:
 
     def next_batch(self) -> dict[str, jax.Array]:
         """The next batch, on the device."""
-        return sharding.put_batch(next(self._batches), self.run.mesh)
+        return sharding.put_rows(next(self._batches), self.run.mesh)
 
     def take(self, steps: int) -> dict[str, float]:
         """Takes steps as `Run` does; `seconds` they took, `data_seconds` of them waited for data, last `loss`."""
@@ -83,9 +83,7 @@ class Training:
             batch = next(self._batches)
             waited += time.perf_counter() - asked
             with jax.transfer_guard("disallow"):
-                self.state, metrics = self.run.train_step(
-                    self.state, sharding.put_batch(batch, self.run.mesh), self.key
-                )
+                self.state, metrics = self.run.train_step(self.state, sharding.put_rows(batch, self.run.mesh), self.key)
             if late is not None:
                 jax.device_get(late)
             late = metrics

@@ -25,7 +25,7 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ssl_jax.errors import Preempted, TrainingDiverged, UserError
+from ssl_jax.errors import Elsewhere, Preempted, TrainingDiverged, UserError
 
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 
@@ -45,6 +45,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         sys.stdout.flush()
     except (UserError, TrainingDiverged, Preempted) as error:
         print(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", file=sys.stderr)
+        code = error.exit_code
+    except Elsewhere as error:
         code = error.exit_code
     except KeyboardInterrupt:
         print("stopped: interrupted", file=sys.stderr)

@@ -292,7 +292,8 @@ class DialogueModel:
         for first in range(0, len(packed), rows):
             group = packed[first : first + rows]
             batch = stack([assemble([window(index) for index in row], length) for row in group], rows, length)
-            nll = np.asarray(_score(self.shape, self.params, self._place(batch)), np.float64) * batch["loss_weights"]
+            nll = sharding.fetch(_score(self.shape, self.params, self._place(batch))).astype(np.float64)
+            nll *= batch["loss_weights"]
             for row, members in enumerate(group):
                 for segment, index in enumerate(members, start=1):
                     in_segment = batch["segment_ids"][row] == segment

@@ -118,7 +118,7 @@ class Drawer:
         for first in range(0, len(members), batch):
             chosen = members[first : first + batch]
             arrays = self._batch(prompts, chosen, self._whole(_few_sizes(len(chosen))), numbers)
-            drawn = jax.device_get(draw(self.shape, self.options, self.layers, self._place(arrays), self._seed))
+            drawn = sharding.fetch(draw(self.shape, self.options, self.layers, self._place(arrays), self._seed))
             jobs = self._jobs(chosen)
             steps = int(np.max(drawn.lengths + drawn.stopped)) - 1
             yield Progress(_harvest(jobs, drawn), max(0, steps) * len(drawn.lengths))
@@ -163,20 +163,20 @@ class Drawer:
                 replaced.append((jobs[filled], before))
                 jobs[filled], done[filled] = self._jobs(chosen), False
             if done.all():
-                replies = _harvest(jobs, jax.device_get(sampling.replies(state)))
+                replies = _harvest(jobs, sharding.fetch(sampling.replies(state)))
                 yield Progress(replies, rows * (step - steps_told))
                 return
             chunk = new_tokens if is_over is None else STOP_CHUNK
             enough = min(group, len(waiting)) * repeats if waiting else rows
             state = _advance(*static, self.layers, state, np.int32(chunk), np.int32(enough))
             # What has been replaced is read while the device works on.
-            replies = [one for old, before in replaced for one in _harvest(old, jax.device_get(before))]
+            replies = [one for old, before in replaced for one in _harvest(old, sharding.fetch(before))]
             yield Progress(replies, rows * (step - steps_told))
             steps_told = step
-            arrived = jax.device_get((state.done_B, state.step))
+            arrived = sharding.fetch((state.done_B, state.step))
             done, step = np.array(arrived[0]), int(arrived[1])
             if is_over is not None:
-                done |= _over(done, jax.device_get(sampling.replies(state)), is_over)
+                done |= _over(done, sharding.fetch(sampling.replies(state)), is_over)
                 state = state._replace(done_B=self._place({"done": done})["done"])
 
     def grow(self, prompt: np.ndarray) -> Iterator[tuple[np.ndarray, bool]]:
@@ -185,7 +185,7 @@ class Drawer:
         arrays = self._place(self._batch([prompt], [0], self._whole(1)))
         state = _start(shape, options, self.layers, arrays, self._seed)
         while True:
-            drawn, done = jax.device_get((sampling.replies(state), state.done_B))
+            drawn, done = sharding.fetch((sampling.replies(state), state.done_B))
             yield drawn.tokens[0, : drawn.lengths[0]], bool(done[0])
             if done.all():
                 return

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from ssl_jax import (
     description,
@@ -81,7 +80,7 @@ class Run:
             teaching=teachers.teaching(config.distillation, self.plan, self.teachers),
         )
         init_state = functools.partial(step.init_state, self.shape, self.optimizer, self.settings)
-        self._key = jax.device_put(jax.random.key(config.seed), sharding.replicated(self.mesh))
+        self._key = jax.jit(jax.random.key, out_shardings=sharding.replicated(self.mesh))(config.seed)
         self._abstract_state = self._abstract(init_state)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_state)
         self._init_state = jax.jit(init_state, out_shardings=shardings, donate_argnums=1)
@@ -171,16 +170,16 @@ class Run:
         )
         logbook.phase("train", ", ".join(f"{count} {name}" for name, count in phase.rows) + " rows a step")
         train, window = self.config.train, Window(progress.unlogged)
-        late: tuple[int, step.Metrics, dict[str, int]] | None = None
+        late: tuple[int, step.Metrics] | None = None
         known = tuple(teacher.params for teacher in self.teachers.values())
         for number, batch in enumerate(batches.read(), start=phase.start):
-            fed = _tokens_by_stream(batch, passes=2 if self.config.objectives.r_drop else 1)
+            rows = sharding.put_rows(batch, self.mesh)
             with jax.transfer_guard("disallow"):
-                state, metrics = self.train_step(state, sharding.put_batch(batch, self.mesh), self._key, known)
+                state, metrics = self.train_step(state, rows, self._key, known)
             # The device is busy with this step while the host reads the metrics of the last one.
             if late is not None:
                 self._record(late, batches, window, progress, logbook)
-            late = (number + 1, metrics, fed)
+            late = (number + 1, metrics)
             done = number + 1
             evaluates, saves = done % train.eval_steps == 0, done % train.save_steps == 0
             stops = self.signals.received is not None
@@ -196,14 +195,15 @@ class Run:
 
     def _record(
         self,
-        late: tuple[int, step.Metrics, dict[str, int]],
+        late: tuple[int, step.Metrics],
         batches: Batches,
         window: Window,
         progress: Progress,
         logbook: Logbook,
     ) -> None:
-        number, device_metrics, fed = late
+        number, device_metrics = late
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        fed = {name: int(metrics.pop(f"fed/{name}")) for name in objectives.STREAM_IDS}
         for name, count in fed.items():
             progress.tokens[name] += count
         if metrics["skipped"]:
@@ -404,9 +404,3 @@ def _checkpoint_items(state: step.TrainState) -> dict[str, Any]:
         counters["confidence"] = state.confidence
     averaged = {} if state.ema is None else {"ema": state.ema}
     return {"params": state.params, "optimizer": counters, **averaged}
-
-
-def _tokens_by_stream(batch: Mapping[str, np.ndarray], passes: int) -> dict[str, int]:
-    """Tokens that the student reads; with R-Drop every one of them twice."""
-    counts = (batch["segment_ids"] > 0).sum(axis=1) * passes
-    return {name: int(counts[batch["stream"] == number].sum()) for name, number in objectives.STREAM_IDS.items()}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ssl_jax import config
@@ -127,7 +129,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Places this process's rows as its part of the global batch, rows over data and fsdp."""
     sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in rows.items()}
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Places a batch that every process holds as a whole, rows over data and fsdp."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, functools.partial(np.ndarray.__getitem__, array))
+        for name, array in batch.items()
+    }
+
+
+def fetch(tree: Any) -> Any:
+    """Reads arrays as NumPy ones, also those of which other processes hold a part; all of them must ask for it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -113,7 +113,8 @@ def train_step(
 
     Returns:
       The next state, and scalars: `loss` (the weighted sum of all terms), for every term `loss/<term>` (mean nats per
-      token), `tokens/<term>` (sum of loss weights) and `weight/<term>`, and `grad_norm`, `lr`, `skipped`. Terms are the
+      token), `tokens/<term>` (sum of loss weights) and `weight/<term>`, for every stream `fed/<stream>` (tokens that
+      the student reads; with R-Drop each of them twice), and `grad_norm`, `lr`, `skipped`. Terms are the
       objectives, `distillation` (divergence from the teachers, and how they see it: `distillation/confidence`, mean
       probability of the likeliest token, `distillation/token_weight`) and `r_drop`, where they are on. If the loss or
       the gradient is not finite, the state stays as it was but for `step` and `skipped`.
@@ -162,6 +163,9 @@ def train_step(
         for number, name in enumerate(objectives.NAMES)
     }
     metrics = {"loss": sums.loss, "grad_norm": grad_norm, "lr": rate, "skipped": next_state.skipped}
+    passes = 2 if settings.r_drop else 1
+    fed = objectives.objective_sums(batch["stream"], passes * (batch["segment_ids"] > 0))
+    metrics |= {f"fed/{name}": fed[number] for name, number in objectives.STREAM_IDS.items()}
     if teaching is not None:
         reported["distillation"] = (sums.divergence, taught, teaching_weight)
         metrics["distillation/confidence"] = sums.statistics.confidence / jnp.maximum(sums.statistics.count, 1.0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import command_line, pretrained, workdir
+from ssl_jax import command_line, distributed, pretrained, workdir
 from ssl_jax.config import Config
 from ssl_jax.evaluation.tables import metric_lines
 
@@ -19,19 +19,23 @@ from ssl_jax.evaluation.tables import metric_lines
 def main(arguments: Sequence[str]) -> None:
     """The story of a run: configuration, work directory, data, training, what came of it."""
     config = command_line.parse(Config, arguments, program="python -m ssl_jax.train", summary=__doc__ or "")
+    distributed.join()
     config = pretrained.resolve(config)
     directory = Path(config.workdir)
-    workdir.claim(directory, config)
+    distributed.primary_first("claim the work directory", lambda: workdir.claim(directory, config))
     if (summary := workdir.read_summary(directory)) is not None:
-        print(f"{directory} is done: {summary['steps']} steps, {summary['seconds']:.0f} s")
-        show(summary, directory)
+        if distributed.is_primary():
+            print(f"{directory} is done: {summary['steps']} steps, {summary['seconds']:.0f} s")
+            show(summary, directory)
         return
 
     from ssl_jax.data.pipeline import prepare
 
-    prepared = prepare(config)
-    workdir.claim_data(directory, prepared.summary)
-    prepared.tokenizer.save(directory / workdir.TOKENIZER)
+    say = print if distributed.is_primary() else _say_nothing
+    prepared = distributed.primary_first("prepare the data", lambda: prepare(config, say))
+    distributed.primary_first("claim the data", lambda: workdir.claim_data(directory, prepared.summary))
+    if distributed.is_primary():
+        prepared.tokenizer.save(directory / workdir.TOKENIZER)
 
     from ssl_jax import compilation_cache, loop
     from ssl_jax.signals import Signals
@@ -39,7 +43,12 @@ def main(arguments: Sequence[str]) -> None:
     compilation_cache.enable()
     with Signals().listen() as signals:
         summary = loop.Run(config, prepared, directory, signals).train()
-    show(summary, directory)
+    if distributed.is_primary():
+        show(summary, directory)
+
+
+def _say_nothing(_: str) -> None:
+    """The other processes leave talking to the first one."""
 
 
 def show(summary: dict[str, Any], directory: Path) -> None:
