@@ -137,7 +137,7 @@ def rules():
         enumerate(pairs), enumerate(kinds)
     ):
         rule = distillation.Rule(weighting, THRESHOLD, hard, temperature)
-        yield pytest.param(teachers, rule, marks=() if number % len(kinds) == kind else pytest.mark.slow)
+        yield pytest.param(teachers, rule, marks=() if number % len(kinds) == kind else pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize(("teachers", "rule"), list(rules()))
