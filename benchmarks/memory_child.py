@@ -31,7 +31,7 @@ def ours(workload: Workload, steps: int) -> dict[str, Any]:
     baseline = _resident("VmRSS")
     training = Training(workload)
     batch = training.next_batch()
-    step = training.run.train_step.lower(training.state, batch, training.key).compile()
+    step = training.run.programs.train_step.lower(training.state, batch, training.key).compile()
     sizes = step.memory_analysis()
     result: dict[str, Any] = {}
     if sizes is not None:

@@ -83,7 +83,7 @@ class Training:
             batch = next(self._batches)
             waited += time.perf_counter() - asked
             with jax.transfer_guard("disallow"):
-                self.state, metrics = self.run.train_step(self.state, sharding.put_rows(batch, self.run.mesh), self.key)
+                self.state, metrics = self.run.programs.train_step(self.state, sharding.put_rows(batch, self.run.mesh), self.key)
             if late is not None:
                 jax.device_get(late)
             late = metrics

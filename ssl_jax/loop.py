@@ -19,6 +19,7 @@ from ssl_jax import (
     objectives,
     plan,
     pretrained,
+    programs,
     sharding,
     step,
     teachers,
@@ -33,7 +34,6 @@ from ssl_jax.dialogue_model import DialogueModel
 from ssl_jax.errors import Preempted, TrainingDiverged
 from ssl_jax.evaluation import measure
 from ssl_jax.logbook import Logbook
-from ssl_jax.optimizer import learning_rate_schedule, make_optimizer
 from ssl_jax.progress import Progress, Window
 from ssl_jax.pseudo_labels import rounds
 from ssl_jax.pseudo_labels.candidates import Kind
@@ -62,33 +62,10 @@ class Run:
         self.plan = plan.make_plan(
             config, records, self.streams["labeled"].rows_in_epoch(0), sharding.row_shards(self.mesh)
         )
-        self.optimizer = make_optimizer(config.optimizer)
         self.teachers = teachers.load(config.distillation, config.train, prepared.tokenizer, self.mesh)
-        self.settings = step.StepSettings(
-            objective_weights=functools.partial(
-                objectives.weights,
-                config.objectives,
-                first_round=self.plan.round_steps[0] if self.plan.round_steps else self.plan.total_steps,
-                total_steps=self.plan.total_steps,
-            ),
-            schedule=learning_rate_schedule(config.optimizer, self.plan.total_steps, self.plan.restarts),
-            accumulation=config.train.gradient_accumulation_steps,
-            token_replacement=config.train.token_replacement,
-            ema_decay=config.optimizer.ema_decay,
-            births=self.plan.born,
-            r_drop=config.objectives.r_drop,
-            teaching=teachers.teaching(config.distillation, self.plan, self.teachers),
-        )
-        init_state = functools.partial(step.init_state, self.shape, self.optimizer, self.settings)
+        shapes = {name: teacher.shape for name, teacher in self.teachers.items()}
+        self.programs = programs.make(config, self.plan, self.shape, self.mesh, shapes)
         self._key = jax.jit(jax.random.key, out_shardings=sharding.replicated(self.mesh))(config.seed)
-        self._abstract_state = self._abstract(init_state)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract_state)
-        self._init_state = jax.jit(init_state, out_shardings=shardings, donate_argnums=1)
-        self.train_step = jax.jit(
-            functools.partial(step.train_step, self.shape, self.optimizer, self.settings),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(self.mesh)),
-        )
         self.checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, save_total_limit=config.train.save_total_limit)
         self.eval_rows = config.train.per_device_eval_batch_size * sharding.row_shards(self.mesh)
 
@@ -132,8 +109,8 @@ class Run:
         # fold_in(key, n) is the key of step n, so what begins there needs another one.
         key = jax.random.fold_in(jax.random.fold_in(self._key, at), at) if at else self._key
         if self.config.model.init_from is None:
-            return self._init_state(key)
-        return self._init_state(key, pretrained.initial_params(self.config, self.shape, self.mesh))
+            return self.programs.init_state(key)
+        return self.programs.init_state(key, pretrained.initial_params(self.config, self.shape, self.mesh))
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -175,7 +152,7 @@ class Run:
         for number, batch in enumerate(batches.read(), start=phase.start):
             rows = sharding.put_rows(batch, self.mesh)
             with jax.transfer_guard("disallow"):
-                state, metrics = self.train_step(state, rows, self._key, known)
+                state, metrics = self.programs.train_step(state, rows, self._key, known)
             # The device is busy with this step while the host reads the metrics of the last one.
             if late is not None:
                 self._record(late, batches, window, progress, logbook)
@@ -372,14 +349,8 @@ class Run:
     def _dialogue_model(self, params: model.Params) -> DialogueModel:
         return DialogueModel(self.shape, params, self.prepared.tokenizer, self.mesh)
 
-    def _abstract(self, init_state: Any) -> step.TrainState:
-        """The state's shapes and shardings."""
-        abstract = jax.eval_shape(init_state, self._key)
-        params = sharding.shard_params(abstract.params, self.mesh)
-        return sharding.place(abstract, sharding.shard_like_params(abstract, params, self.mesh))
-
     def _restore(self, number: int) -> tuple[step.TrainState, Progress]:
-        restored = self.checkpoints.restore(number, _checkpoint_items(self._abstract_state))
+        restored = self.checkpoints.restore(number, _checkpoint_items(self.programs.abstract_state))
         counters = restored["optimizer"]
         state = step.TrainState(
             step=counters["step"],
@@ -393,7 +364,7 @@ class Run:
 
     def _compilations(self) -> int:
         """How many programs the train step was compiled to: one, whatever the phases."""
-        cache: Any = self.train_step
+        cache: Any = self.programs.train_step
         return cache._cache_size()
 
 

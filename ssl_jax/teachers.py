@@ -12,6 +12,7 @@ from ssl_jax.config import EMA
 from ssl_jax.data.tokenizer import DialogueTokenizer
 from ssl_jax.dialogue_model import DialogueModel
 from ssl_jax.errors import UserError
+from ssl_jax.model import GPT2
 from ssl_jax.plan import Plan
 
 
@@ -40,12 +41,12 @@ def load(
     return loaded
 
 
-def teaching(settings: config.Distillation, plan: Plan, loaded: Mapping[str, DialogueModel]) -> terms.Teaching | None:
+def teaching(settings: config.Distillation, plan: Plan, shapes: Mapping[str, GPT2]) -> terms.Teaching | None:
     """What the step needs to know of the teachers, in the order of the configuration; None where there are none."""
     if not settings.weight:
         return None
     return terms.Teaching(
-        shapes=tuple(None if name == EMA else loaded[name].shape for name in settings.teachers),
+        shapes=tuple(None if name == EMA else shapes[name] for name in settings.teachers),
         rows=plan.taught_rows,
         streams=tuple(objectives.STREAM_IDS[name] for name in settings.streams),
         weight=functools.partial(objectives.distillation_weight, settings, total_steps=plan.total_steps),
