@@ -16,7 +16,7 @@ import numpy as np
 from alternate import Turns
 from workload import Device, Workload
 
-from ssl_jax import config, model, objectives, plan, sharding
+from ssl_jax import config, hardware, model, objectives, plan, sharding
 from ssl_jax.data.streams import Batches
 from ssl_jax.data.tokenizer import EncodedDialogue
 from ssl_jax.loop import Run
@@ -83,7 +83,9 @@ class Training:
             batch = next(self._batches)
             waited += time.perf_counter() - asked
             with jax.transfer_guard("disallow"):
-                self.state, metrics = self.run.programs.train_step(self.state, sharding.put_rows(batch, self.run.mesh), self.key)
+                self.state, metrics = self.run.programs.train_step(
+                    self.state, sharding.put_rows(batch, self.run.mesh), self.key
+                )
             if late is not None:
                 jax.device_get(late)
             late = metrics
@@ -95,7 +97,8 @@ class Training:
     def describe(self) -> dict[str, Any]:
         """`parameters`, `flops_per_token`, `dtype`, `attention`, `device` and its `peak_flops`, with its origin."""
         shape, kind = self.run.shape, jax.devices()[0].device_kind
-        known, size = plan.device_peak_flops(kind), _LIMIT_SIZE[self._device]
+        chip, size = hardware.chip_of(kind), _LIMIT_SIZE[self._device]
+        known = chip.peak if chip is not None else None
         return {
             "parameters": plan.parameter_count(shape),
             "flops_per_token": plan.flops_per_token(shape, self.run.config.train.sequence_length),

@@ -6,20 +6,78 @@ Axes: B rows, H heads, T query time, S key time, K head width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
+from ssl_jax import sharding, splash
 from ssl_jax.dropout import keep_factors
+from ssl_jax.errors import UserError
 
-Implementation = Literal["einsum", "cudnn"]
+Implementation = Literal["einsum", "cudnn", "splash"]
 
 NEGATIVE = -1e30  # a finite "minus infinity": a row of padding keeps a finite softmax
 # Small blocks multiply fewer keys in vain; many of them take long to compile.
 SMALLEST_BLOCK, MOST_BLOCKS = 64, 8
 # Bytes of scores above which a CPU goes through the rows one by one.
 LARGE = 2**25
+
+
+# Platforms of the kernels, by JAX's names.
+_PLATFORMS = {"cudnn": ("gpu", "NVIDIA GPUs"), "splash": ("tpu", "TPUs")}
+
+
+def choose(
+    asked: Implementation | Literal["auto"],
+    *,
+    platform: str,
+    dtype: str,
+    head_width: int,
+    length: int | None,
+    is_plain: bool,
+) -> Implementation:
+    """The form of attention for what the configuration asks, and why not.
+
+    Args:
+      asked: `model.attn_implementation`.
+      platform: JAX's name of the backend.
+      dtype: of the arithmetic.
+      head_width: of each head.
+      length: of the rows that are trained on; None: there is no training, and a kernel gives way to `einsum` where it
+        cannot be used, so that a model answers wherever it is taken.
+      is_plain: neither dropout on the probabilities nor products in float32.
+
+    Raises:
+      UserError: the kernel that is asked for is not for that platform, type, width or length.
+    """
+    if asked == "einsum" or (asked == "auto" and (not is_plain or platform not in ("gpu", "tpu"))):
+        return "einsum"
+    kernel: Implementation = asked if asked != "auto" else ("cudnn" if platform == "gpu" else "splash")
+    why = _why_not(kernel, platform, dtype, head_width, length, is_plain)
+    if why is None:
+        return kernel
+    if asked == "auto" or length is None:
+        return "einsum"
+    raise UserError(f"model.attn_implementation {kernel} {why}, or set it to auto")
+
+
+def _why_not(kernel: str, platform: str, dtype: str, head_width: int, length: int | None, is_plain: bool) -> str | None:
+    """What a kernel cannot do, with what to change, or None."""
+    if not is_plain:
+        return "has no attn_pdrop and no reorder_and_upcast_attn; set them to 0"
+    needed, name = _PLATFORMS[kernel]
+    if platform != needed:
+        return f"is a kernel of {name}, and this is a {platform}; set it to einsum"
+    if kernel == "cudnn" and dtype != "bfloat16":
+        return f"computes in 16 bits; set model.dtype {dtype} to bfloat16"
+    if kernel == "cudnn" and (head_width % 8 or head_width > 128):
+        return f"needs heads of 8, 16, … or 128 wide, not {head_width}; change model.n_head"
+    if kernel == "splash" and length is not None and not splash.fits(length):
+        return f"needs rows of a multiple of {splash.LANES} tokens; change train.sequence_length {length}"
+    return None
 
 
 def segment_mask(segment_ids_BT: jax.Array, first: int = 0, stop: int | None = None) -> jax.Array:
@@ -44,12 +102,14 @@ def attend_causally(
     upcast: bool = False,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Attention of every token to itself and what stands before it in its segment, `[B, H, T, K]`.
 
     `einsum` goes through the queries in blocks: one block's scores are alive at a time, keys behind a block are not
     multiplied at all, and the backward pass takes the scores again instead of keeping them, as FlashAttention does
-    (Dao et al. 2022). `cudnn` is NVIDIA's fused kernel, for 16-bit types without `upcast` and dropout.
+    (Dao et al. 2022). `cudnn` is NVIDIA's fused kernel, for 16-bit types without `upcast` and dropout; `splash` that of
+    TPUs, without `upcast` and dropout. Where rows are too short for it (prompts, read once) it is `einsum` after all.
 
     Args:
       query_BHTK: queries.
@@ -61,13 +121,17 @@ def attend_causally(
       upcast: see `attend`.
       dropout_rate: of the probabilities; 0 switches it off.
       dropout_key: PRNG key where there is dropout.
+      mesh: the devices that this runs on; None: one.
     """
-    if implementation == "cudnn":
-        return _attend_fused(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, scale)
-    in_blocks = functools.partial(_attend_in_blocks, scale=scale, upcast=upcast, dropout_rate=dropout_rate)
     rows, heads, length, _ = query_BHTK.shape
+    kernel = {"cudnn": _attend_by_cudnn, "splash": splash.attend if splash.fits(length) else None}.get(implementation)
+    if kernel is not None:
+        # Kernels scale nothing, so that the scale may be traced; in float32, so that it is never rounded.
+        scaled_BHTK = (query_BHTK.astype(jnp.float32) * scale).astype(query_BHTK.dtype)
+        return on_each_device(kernel, mesh, scaled_BHTK, key_BHTK, value_BHTK, segment_ids_BT)
+    in_blocks = functools.partial(_attend_in_blocks, scale=scale, upcast=upcast, dropout_rate=dropout_rate)
     is_large = 4 * rows * heads * length**2 > LARGE and rows > 1
-    if not is_large or jax.default_backend() != "cpu" or jax.device_count() > 1:
+    if not is_large or not _is_on_one_cpu(mesh):
         return in_blocks(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, dropout_key)
 
     # XLA on CPU merges a recomputation with what it repeats, which keeps all scores after all; but not across loops.
@@ -78,6 +142,34 @@ def attend_causally(
         return in_blocks(query, key, value, segment_ids, key_of_row)[0]
 
     return jax.lax.map(attend_row, (jnp.arange(rows), query_BHTK, key_BHTK, value_BHTK, segment_ids_BT))
+
+
+def on_each_device(
+    kernel: Callable[..., jax.Array],
+    mesh: Mesh | None,
+    query_BHTK: jax.Array,
+    key_BHTK: jax.Array,
+    value_BHTK: jax.Array,
+    segment_ids_BT: jax.Array,
+) -> jax.Array:
+    """`kernel` on the rows (over data and fsdp) and heads (over tensor) of each device, `[B, H, T, K]`.
+
+    The compiler cannot cut a kernel: without a word about it every device would get all rows and heads. Rows that do
+    not divide over the devices are read by all of them.
+    """
+    if mesh is None or mesh.size == 1:
+        return kernel(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT)
+    rows = sharding.BATCH[0] if query_BHTK.shape[0] % sharding.row_shards(mesh) == 0 else None
+    by_head, by_row = PartitionSpec(rows, "tensor"), PartitionSpec(rows)
+    given = (by_head, by_head, by_head, by_row)
+    spread = jax.shard_map(kernel, mesh=mesh, in_specs=given, out_specs=by_head, check_vma=False)
+    return spread(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT)
+
+
+def _is_on_one_cpu(mesh: Mesh | None) -> bool:
+    if mesh is None:
+        return jax.default_backend() == "cpu"
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def _attend_in_blocks(
@@ -150,10 +242,9 @@ def attend(
     return jnp.einsum("bhts,bhsk->bhtk", probabilities_BHTS.astype(value_BHSK.dtype), value_BHSK)
 
 
-def _attend_fused(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, scale) -> jax.Array:
-    """`attend_causally` by cuDNN's flash attention, which takes time before heads."""
-    scaled_BHTK = (query_BHTK.astype(jnp.float32) * scale).astype(query_BHTK.dtype)
-    query_BTHK, key_BTHK, value_BTHK = (array.swapaxes(1, 2) for array in (scaled_BHTK, key_BHTK, value_BHTK))
+def _attend_by_cudnn(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT) -> jax.Array:
+    """`attend_causally` of scaled queries by cuDNN's flash attention, which takes time before heads."""
+    query_BTHK, key_BTHK, value_BTHK = (array.swapaxes(1, 2) for array in (query_BHTK, key_BHTK, value_BHTK))
     context_BTHK = jax.nn.dot_product_attention(
         query_BTHK,
         key_BTHK,

@@ -25,7 +25,8 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ssl_jax.errors import Elsewhere, Preempted, TrainingDiverged, UserError
+from ssl_jax import distributed
+from ssl_jax.errors import Preempted, TrainingDiverged, UserError
 
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 
@@ -33,31 +34,33 @@ Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Calls `main(arguments)` and ends the process with the exit code of what happened.
 
-    0 done, 2 the user can fix it, 3 diverged, 75 preempted, 1 a bug. Only a bug shows a traceback.
+    0 done, 2 the user can fix it, 3 diverged, 75 preempted, 1 a bug. Only a bug shows a traceback. Processes that have
+    joined as one run end together, whichever of them it happened to.
     """
     # A scheduler's SIGTERM ends whatever has no better way to end as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.addLevelName(logging.WARNING, "warning")
-    code = 0
+    code, text = 0, ""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except (UserError, TrainingDiverged, Preempted) as error:
-        print(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", file=sys.stderr)
-        code = error.exit_code
-    except Elsewhere as error:
-        code = error.exit_code
+        code, text = error.exit_code, f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}"
     except KeyboardInterrupt:
-        print("stopped: interrupted", file=sys.stderr)
-        code = Preempted.exit_code
+        code, text = Preempted.exit_code, "stopped: interrupted"
     except BrokenPipeError:
         # Whoever read the output has left; the interpreter's last flush would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    except Exception:
+    except Exception as error:
+        distributed.end_for_error(error)
         traceback.print_exc()
         code = 1
+    if code:
+        distributed.end(code, text)
+    if text:
+        print(text, file=sys.stderr)
     sys.exit(code)
 
 

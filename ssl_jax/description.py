@@ -20,27 +20,34 @@ def rows(
     config: Config, plan: Plan, shape: GPT2, mesh: jax.sharding.Mesh, streams: Mapping[str, PackedStream]
 ) -> list[tuple[str, str]]:
     """Names and values of the plan's table."""
-    length = config.train.sequence_length
     source = f", from {config.model.init_from}" if config.model.init_from else ""
     drawn = plan.phases()[-1].drawn_before(plan.total_steps)
     weights = describe_weights(config.data)
-    pretrain = f"raw text alone up to {plan.pretrain_until}, " if plan.pretrain_until else ""
     long = ", ".join(f"{name} {_long_dialogues(stream)}" for name, stream in streams.items())
-    methods = _methods(config, plan)
     return [
         ("model", f"{parameter_count(shape) / 1e6:.1f}M parameters, {shape.n_layer} × {shape.n_embd}{source}"),
         ("devices", f"{jax.device_count()} {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}"),
-        (
-            "batch",
-            f"{plan.rows} rows × {length} tokens, {plan.labeled_rows} labeled and {plan.unlabeled_rows} unlabeled",
-        ),
-        ("steps", f"{plan.total_steps}, {pretrain}labeled only from {plan.labeled_only_from}"),
-        ("rounds", ", ".join(f"step {at}" for at in plan.round_steps) or "none"),
-        *([("methods", methods)] if methods else []),
+        *step_rows(config, plan),
         ("epoch", "; ".join(f"{name} {_epoch(stream, drawn[name])}" for name, stream in streams.items())),
         *([("weights", f"{weights} (times that an epoch shows a dialogue)")] if weights else []),
         ("packing", ", ".join(f"{name} {stream.fill():.1%} full" for name, stream in streams.items())),
         ("long dialogues", f"{long}; overlap {config.train.window_overlap} tokens"),
+    ]
+
+
+def step_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """Names and values of what the steps of a run are, without its data."""
+    pretrain = f"raw text alone up to {plan.pretrain_until}, " if plan.pretrain_until else ""
+    methods = _methods(config, plan)
+    return [
+        (
+            "batch",
+            f"{plan.rows} rows × {config.train.sequence_length} tokens, {plan.labeled_rows} labeled and "
+            f"{plan.unlabeled_rows} unlabeled",
+        ),
+        ("steps", f"{plan.total_steps}, {pretrain}labeled only from {plan.labeled_only_from}"),
+        ("rounds", ", ".join(f"step {at}" for at in plan.round_steps) or "none"),
+        *([("methods", methods)] if methods else []),
     ]
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ssl_jax import losses, products
 from ssl_jax.config.methods import Weighting
@@ -114,6 +115,7 @@ def weighted_cross_entropy(
     rule: Rule,
     confidence: Confidence,
     vocab_size: int,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Outputs]:
     """Σ weight × nll + Σ soft weight × token weight × KL(soft label ‖ student).
 
@@ -130,6 +132,7 @@ def weighted_cross_entropy(
       rule: static.
       confidence: running statistics, used by freematch and softmatch.
       vocab_size: number of real tokens, the student's and every teacher's.
+      mesh: the devices; see `losses.chunked_loss`.
 
     Returns:
       The float32 scalar (nats), and what it is made of, per token.
@@ -142,7 +145,9 @@ def weighted_cross_entropy(
     hiddens = tuple(hidden for hidden, _ in teachers)
     embeddings = tuple(_fitted(embedding, vocab_size, embedding_VD.shape[0]) for _, embedding in teachers)
     arrays = (targets_BT, weights_BT, soft_weights_BT, *hiddens)
-    loss_and_outputs: Any = _distilled(rule, vocab_size, hidden_BTD, embedding_VD, arrays, embeddings, confidence)
+    loss_and_outputs: Any = _distilled(
+        rule, vocab_size, mesh, hidden_BTD, embedding_VD, arrays, (embeddings, confidence)
+    )
     return loss_and_outputs[0], jax.lax.stop_gradient(loss_and_outputs[1])
 
 
@@ -160,10 +165,15 @@ class _Labels(NamedTuple):
     agreement_N: jax.Array
 
 
-def _terms(rule: Rule, vocab_size: int, embeddings: Sequence[jax.Array], confidence: Confidence) -> losses.Terms:
-    """The loss of a chunk; its arrays are targets, weights, soft weights and the hidden states of every teacher."""
+def _terms(rule: Rule, vocab_size: int) -> losses.Terms:
+    """The loss of a chunk.
 
-    def terms(logits_NV, targets_N, weights_N, soft_weights_N, *hiddens_ND):
+    Its constants are the teachers' embeddings and the running statistics, its arrays targets, weights, soft weights and
+    the hidden states of every teacher.
+    """
+
+    def terms(constants, logits_NV, targets_N, weights_N, soft_weights_N, *hiddens_ND):
+        embeddings, confidence = constants
         labels = _labels(
             [
                 products.logits(hidden_ND, embedding_VD, vocab_size) / rule.temperature
@@ -240,27 +250,29 @@ def _token_weights(rule: Rule, labels: _Labels, confidence: Confidence) -> jax.A
             return jnp.exp(-jnp.square(_SOFTMATCH_DEVIATIONS * below_N) / (2.0 * variance))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _distilled(
     rule: Rule,
     vocab_size: int,
+    mesh: Mesh | None,
     hidden_BTD: jax.Array,
     embedding_VD: jax.Array,
     arrays: tuple[jax.Array, ...],
-    embeddings: tuple[jax.Array, ...],
-    confidence: Confidence,
+    constants: tuple[tuple[jax.Array, ...], Confidence],
 ) -> tuple[jax.Array, Outputs]:
-    terms = _terms(rule, vocab_size, embeddings, confidence)
-    return losses.chunked_loss(terms, hidden_BTD, embedding_VD, vocab_size, *arrays)
+    return losses.chunked_loss(
+        _terms(rule, vocab_size), hidden_BTD, embedding_VD, vocab_size, *arrays, constants=constants, mesh=mesh
+    )
 
 
-def _forward(rule, vocab_size, hidden_BTD, embedding_VD, arrays, embeddings, confidence):
-    terms = _terms(rule, vocab_size, embeddings, confidence)
-    return losses.chunked_loss_and_gradients(terms, hidden_BTD, embedding_VD, vocab_size, *arrays)
+def _forward(rule, vocab_size, mesh, hidden_BTD, embedding_VD, arrays, constants):
+    return losses.chunked_loss_and_gradients(
+        _terms(rule, vocab_size), hidden_BTD, embedding_VD, vocab_size, *arrays, constants=constants, mesh=mesh
+    )
 
 
-def _backward(rule, vocab_size, gradients, cotangents):
-    return (*losses.scaled(gradients, cotangents[0]), None, None, None)
+def _backward(rule, vocab_size, mesh, gradients, cotangents):
+    return (*losses.scaled(gradients, cotangents[0]), None, None)
 
 
 _distilled.defvjp(_forward, _backward)

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ssl_jax.errors import Elsewhere, Preempted, UserError
+from ssl_jax import ending
+from ssl_jax.errors import Preempted, UserError
 
 T = TypeVar("T")
 
 # A process that hears nothing of the others for so long ends.
 _HEARTBEAT_SECONDS = 30
-# Preparing data can take days; whoever waits for it hears from the heartbeat if nobody works on it any more.
-_WAIT_MILLISECONDS = 30 * 24 * 3600 * 1000
+# Machines of one job may start minutes apart.
+_JOIN_SECONDS = 300.0
+# How often a process that waits looks for a signal that it was sent.
+_LOOK_MILLISECONDS = 1000
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+_watch: ending.Watch | None = None
+_is_joining = False
+
+
+@contextlib.contextmanager
+def before_joining() -> Iterator[None]:
+    """Joins the other processes, see `join`, if the block fails, so that they hear of it instead of waiting.
+
+    Raises:
+      UserError: what the block raises.
+    """
+    try:
+        yield
+    except UserError:
+        join()
+        raise
 
 
 def join() -> None:
@@ -25,18 +50,57 @@ def join() -> None:
     An explicit cluster is `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
     `JAX_PROCESS_ID`. SLURM and Open MPI with several tasks, TPU pods and GKE are recognized by JAX itself.
 
+    From here on all processes end together, see `ending`.
+
     Raises:
-      UserError: the environment contradicts itself, or the others are not reached.
+      UserError: the environment contradicts itself.
+      Preempted: the others do not come.
     """
+    global _watch, _is_joining
     explicit = _explicit(os.environ)
     if not explicit and not _is_in_cluster(os.environ):
         return
     import jax
 
-    try:
-        jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run do not find each other: {str(error).splitlines()[0]}") from None
+    # Its handler of SIGTERM would take the place of ours.
+    jax.config.update("jax_enable_preemption_service", False)
+    _is_joining = True
+    _connect(explicit)
+    _is_joining = False
+    state = _state()
+    if state.num_processes > 1:
+        _watch = ending.Watch(state.client, state.process_id, state.num_processes)
+
+
+def end(code: int, text: str) -> None:
+    """Ends all processes of the run with an exit code; one of them prints the text. Returns where there is only one."""
+    if _watch is not None:
+        _ignore_signals()
+        _watch.end(code, text)
+    if _is_joining:
+        # A thread of JAX still waits for the others, and would abort the process when it is told to go.
+        print(text, file=sys.stderr, flush=True)
+        os._exit(code)
+
+
+def end_for_error(error: Exception) -> None:
+    """Ends all processes of the run for an error that is nobody's fault or a bug; returns where there is only one.
+
+    If another process turns out to be gone, that is the message and the exit code is 75. An error that does not speak
+    of another process shows its traceback.
+    """
+    if _watch is None:
+        return
+    _ignore_signals()
+    is_loss = ending.is_loss(error)
+    if not is_loss:
+        traceback.print_exception(error)
+    import jax
+
+    if is_loss or isinstance(error, jax.errors.JaxRuntimeError):
+        _watch.end_for_error(error, Preempted.exit_code if is_loss else 1)
+    text = f"error: {type(error).__name__}: {error}; the traceback is in the output of that process"
+    _watch.end(1, "" if is_primary() else text)
 
 
 def is_primary() -> bool:
@@ -44,34 +108,101 @@ def is_primary() -> bool:
     return _state() is None or _state().process_id == 0
 
 
+def process_count() -> int:
+    """How many processes this run has; does not start a backend."""
+    return 1 if _state() is None else _state().num_processes
+
+
+def exchange(what: str, text: str) -> list[str]:
+    """What every process says, in the order of their numbers; waits for all of them, and starts no backend.
+
+    Args:
+      what: unique in a run.
+      text: of this process.
+    """
+    if _state() is None:
+        return [text]
+    client, number = _state().client, _state().process_id
+    client.key_value_set(f"ssl_jax/{what}/{number}", text)
+    return [_wait_for(f"ssl_jax/{what}/{other}") for other in range(process_count())]
+
+
 def primary_first(what: str, work: Callable[[], T]) -> T:
     """Does the work on the primary, then, when it is done, on the others, which find what it has left on disk.
+
+    If it fails on the primary, the others end with it.
 
     Args:
       what: unique in a run.
       work: the same on every process.
 
     Raises:
-      UserError: on the primary, what `work` raised.
-      Elsewhere: on the others, that it did.
+      UserError: what `work` raised.
     """
     if _state() is None:
         return work()
-    client, key = _state().client, f"ssl_jax/{what}"
+    key = f"ssl_jax/{what}"
     if not is_primary():
-        if code := int(client.blocking_key_value_get(key, _WAIT_MILLISECONDS)):
-            raise Elsewhere(code)
+        _wait_for(key)
         return work()
-    code = 1
-    try:
-        result = work()
-        code = 0
-    except (UserError, Preempted) as error:
-        code = error.exit_code
-        raise
-    finally:
-        client.key_value_set(key, str(code))
+    result = work()
+    _state().client.key_value_set(key, "done")
     return result
+
+
+def _ignore_signals() -> None:
+    """Another signal would only keep a process that ends, which takes seconds, from telling the others."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _wait_for(key: str) -> str:
+    """The value of a key when another process has set it; signals are heard meanwhile."""
+    import jax
+
+    while True:
+        try:
+            return _state().client.blocking_key_value_get(key, _LOOK_MILLISECONDS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _connect(explicit: Mapping[str, Any]) -> None:
+    """Connects to the coordination service, on a thread, because signals are not heard by one that waits for it.
+
+    Raises:
+      UserError: JAX does not find its way.
+      Preempted: the others do not come.
+    """
+    import jax
+
+    problems: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                **explicit,
+                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+                # When this is over, JAX aborts the process.
+                initialization_timeout=int(2 * _JOIN_SECONDS),
+            )
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + _JOIN_SECONDS
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(_LOOK_MILLISECONDS / 1000)
+    if thread.is_alive():
+        where = explicit.get("coordinator_address", "the address that the environment gives")
+        raise Preempted(
+            f"not all processes of this run have come to {where} in {_JOIN_SECONDS:.0f} s; "
+            "run the same command on all of them; if they run, check the address and the number of processes"
+        )
+    if problems:
+        raise UserError(f"the processes of this run do not find each other: {str(problems[0]).splitlines()[0]}")
 
 
 def _state() -> Any:

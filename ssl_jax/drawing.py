@@ -114,7 +114,7 @@ class Drawer:
         numbers: Sequence[int] | None = None,
     ) -> Iterator[Progress]:
         """Answers `batch` prompts at a time; each time takes as long as the longest of their replies."""
-        draw = _search if self.options.num_beams > 1 else _sample
+        draw = _search if self.options.num_beams > 1 else draw_together
         for first in range(0, len(members), batch):
             chosen = members[first : first + batch]
             arrays = self._batch(prompts, chosen, self._whole(_few_sizes(len(chosen))), numbers)
@@ -271,7 +271,8 @@ def _power_of_two(number: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sample(shape, options, layers, batch, seed):
+def draw_together(shape, options, layers, batch, seed):
+    """Replies to a batch of prompts, `sampling.Replies`; all rows start and end together."""
     keys = _row_keys(options, batch, seed)
     return sampling.sample(shape, options, layers, batch["tokens"], batch["lengths"], keys)
 

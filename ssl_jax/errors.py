@@ -17,12 +17,3 @@ class Preempted(Exception):
     """SIGTERM or SIGINT arrived; a checkpoint was saved and the same command goes on from it."""
 
     exit_code = 75
-
-
-class Elsewhere(Exception):
-    """Another process of the run has ended it, and has said why; this one ends with the same exit code."""
-
-    def __init__(self, exit_code: int) -> None:
-        """Takes the exit code of the other process."""
-        super().__init__(f"another process has ended the run with exit code {exit_code}")
-        self.exit_code = exit_code

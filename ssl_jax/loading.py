@@ -78,7 +78,7 @@ def load_checkpoint(
             f"--workdir {directory}"
         )
     tokenizer = DialogueTokenizer.load(directory / workdir.TOKENIZER)
-    shape = model.GPT2.from_config(settings.model, tokenizer.vocab_size)
+    shape = model.GPT2.from_config(settings.model, tokenizer.vocab_size, mesh)
     item = "ema" if settings.optimizer.ema_decay else "params"
     if item == "ema":
         shape = dataclasses.replace(shape, param_dtype=np.dtype(np.float32))

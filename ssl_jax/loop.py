@@ -13,7 +13,9 @@ import jax
 
 from ssl_jax import (
     description,
+    distributed,
     files,
+    hardware,
     loading,
     model,
     objectives,
@@ -38,7 +40,7 @@ from ssl_jax.progress import Progress, Window
 from ssl_jax.pseudo_labels import rounds
 from ssl_jax.pseudo_labels.candidates import Kind
 from ssl_jax.pseudo_labels.make import Task, make_round
-from ssl_jax.signals import Signals
+from ssl_jax.signals import SharedSignals, Signals
 from ssl_jax.training_streams import ROUNDS, TrainingStreams
 
 DEV, TEST = "labeled_dev", "labeled_test"
@@ -53,9 +55,12 @@ class Run:
         Raises:
           UserError: mesh, batch, data and configuration do not fit together.
         """
-        self.config, self.prepared, self.directory, self.signals = config, prepared, directory, signals
+        self.config, self.prepared, self.directory = config, prepared, directory
         self.mesh = sharding.make_mesh(config.mesh)
-        self.shape = model.GPT2.from_config(config.model, prepared.tokenizer.vocab_size)
+        self.signals = SharedSignals(signals, self.mesh)
+        self.shape = model.GPT2.from_config(
+            config.model, prepared.tokenizer.vocab_size, self.mesh, sequence_length=config.train.sequence_length
+        )
         records = {split: len(prepared.lengths(split)) for split in prepared.splits}
         self.sources = TrainingStreams(config, prepared, directory)
         self.streams = self.sources.before_rounds()
@@ -87,7 +92,7 @@ class Run:
             resume_step=newest or 0,
             resume_time=progress.seconds,
             total_steps=self.plan.total_steps,
-            primary=jax.process_index() == 0,
+            primary=distributed.is_primary(),
         ) as logbook:
             if newest:
                 logbook.say(f"going on from checkpoint {newest}")
@@ -159,7 +164,7 @@ class Run:
             late = (number + 1, metrics)
             done = number + 1
             evaluates, saves = done % train.eval_steps == 0, done % train.save_steps == 0
-            stops = self.signals.received is not None
+            stops = self.signals.after_step() is not None
             if evaluates or saves or stops or done == phase.stop:
                 self._record(late, batches, window, progress, logbook)
                 late = None
@@ -197,10 +202,10 @@ class Run:
             values |= {"tokens": sum(progress.tokens.values()), "tokens_per_sec": rate}
             values |= {f"tokens/{name}": count for name, count in progress.tokens.items()}
             values |= {f"epoch/{name}": passes for name, passes in batches.passes(number).items()}
-            peak = plan.device_peak_flops(jax.devices()[0].device_kind)
-            if peak is not None:
+            chip = hardware.chip_of(jax.devices()[0].device_kind)
+            if chip is not None:
                 flops = plan.flops_per_token(self.shape, self.config.train.sequence_length)
-                values["mfu"] = rate * flops / (peak * jax.device_count())
+                values["mfu"] = rate * flops / (chip.peak * jax.device_count())
             logbook.metrics(number, values)
             window.clear()
 
@@ -298,7 +303,8 @@ class Run:
                 say=say,
             )
             result = {"split": split, "checkpoint": chosen, **result}
-            files.write_json(self.directory / f"eval_{split.removeprefix('labeled_')}.json", result)
+            if distributed.is_primary():
+                files.write_json(self.directory / f"eval_{split.removeprefix('labeled_')}.json", result)
         held = self._rounds()
         summary = {
             "exit": 0,
@@ -315,15 +321,15 @@ class Run:
             "evaluation": result.get("metrics", {}),
             "human": result.get("human", {}),
         }
-        files.write_json(self.directory / "summary.json", summary)
+        if distributed.is_primary():
+            files.write_json(self.directory / "summary.json", summary)
         return summary
 
     def _stop_if_asked(self, number: int) -> None:
-        if self.signals.received:
+        """Stops if any process was told to; all of them come here at the same points."""
+        if (name := self.signals.now()) is not None:
             self.checkpoints.wait()
-            raise Preempted(
-                f"{self.signals.received} at step {number}; a checkpoint is saved, run the same command to go on"
-            )
+            raise Preempted(f"{name} at step {number}; a checkpoint is saved, run the same command to go on")
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

@@ -15,10 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from ssl_jax import products
+from ssl_jax.sharding import BATCH, row_shards
 
 CHUNK_TOKENS = 1024
+"""Tokens whose logits are held at a time, on each device."""
 
 
 def weighted_cross_entropy(
@@ -27,6 +30,7 @@ def weighted_cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     vocab_size: int,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of next-token negative log-likelihoods, differentiable in `hidden_BTD` and `embedding_VD`.
 
@@ -36,28 +40,37 @@ def weighted_cross_entropy(
       targets_BT: int32 token ids.
       weights_BT: float32; not differentiated.
       vocab_size: number of real tokens.
+      mesh: the devices; see `chunked_loss`.
 
     Returns:
       The float32 scalar sum of weight times negative log-likelihood (nats), and the unweighted float32
       negative log-likelihoods `[B, T]`, which carry no gradient.
     """
-    loss_and_nll: Any = _weighted_cross_entropy(vocab_size, hidden_BTD, embedding_VD, targets_BT, weights_BT)
+    loss_and_nll: Any = _weighted_cross_entropy(vocab_size, mesh, hidden_BTD, embedding_VD, targets_BT, weights_BT)
     return loss_and_nll[0], jax.lax.stop_gradient(loss_and_nll[1])
 
 
 def token_nll(
-    hidden_BTD: jax.Array, embedding_VD: jax.Array | products.Int8, targets_BT: jax.Array, vocab_size: int
+    hidden_BTD: jax.Array,
+    embedding_VD: jax.Array | products.Int8,
+    targets_BT: jax.Array,
+    vocab_size: int,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Negative log-likelihood of every target, float32 `[B, T]`, nats."""
+    """Negative log-likelihood of every target, float32 `[B, T]`, nats; `mesh` as of `chunked_loss`."""
 
-    def chunk_nll(_, chunk):
-        hidden_BCD, targets_BC = chunk
-        logits_NV = products.logits(rows(hidden_BCD), embedding_VD, vocab_size)
-        highest_N1, _, sum_N1 = softmax_parts(logits_NV)
-        return None, nll(logits_NV, highest_N1, sum_N1, targets_BC.reshape(-1)).reshape(targets_BC.shape)
+    def local_nll(hidden_BTD, embedding_VD, targets_BT):
+        def chunk_nll(_, chunk):
+            hidden_BCD, targets_BC = chunk
+            logits_NV = products.logits(rows(hidden_BCD), embedding_VD, vocab_size)
+            highest_N1, _, sum_N1 = softmax_parts(logits_NV)
+            return None, nll(logits_NV, highest_N1, sum_N1, targets_BC.reshape(-1)).reshape(targets_BC.shape)
 
-    _, nll_NBC = jax.lax.scan(chunk_nll, None, chunks(hidden_BTD, targets_BT))
-    return unchunk(nll_NBC, targets_BT.shape[1])
+        _, nll_NBC = jax.lax.scan(chunk_nll, None, chunks(hidden_BTD, targets_BT))
+        return unchunk(nll_NBC, targets_BT.shape[1])
+
+    run = _on_each_device(local_nll, mesh, hidden_BTD, (BATCH, _WHOLE, BATCH), BATCH)
+    return run(hidden_BTD, embedding_VD, targets_BT)
 
 
 def rows(hidden_BCD: jax.Array) -> jax.Array:
@@ -79,12 +92,18 @@ def nll(logits_NV: jax.Array, highest_N1: jax.Array, sum_N1: jax.Array, targets_
 
 
 Terms = Callable[..., tuple[jax.Array, jax.Array, Any]]
-"""What a chunk of float32 logits `[N, V]`, and of arrays `[N, …]`, adds to a loss: the float32 scalar; its gradient in
-the logits `[N, V]`; and a pytree of outputs `[N]`, for each token, that carry no gradient."""
+"""What a chunk adds to a loss, `terms(constants, logits_NV, *arrays_N)` with float32 logits: the float32 scalar; its
+gradient in the logits `[N, V]`; and a pytree of outputs `[N]`, for each token, that carry no gradient."""
 
 
 def chunked_loss(
-    terms: Terms, hidden_BTD: jax.Array, embedding_VD: jax.Array, vocab_size: int, *arrays: jax.Array
+    terms: Terms,
+    hidden_BTD: jax.Array,
+    embedding_VD: jax.Array,
+    vocab_size: int,
+    *arrays: jax.Array,
+    constants: Any = (),
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Any]:
     """The sum of a loss over chunks of time, and its outputs `[B, T]`.
 
@@ -94,38 +113,91 @@ def chunked_loss(
       embedding_VD: output embedding.
       vocab_size: number of real tokens.
       *arrays: `[B, T, …]`, what `terms` needs beside the logits.
+      constants: a pytree of arrays that `terms` needs whole.
+      mesh: devices over whose data and fsdp axes the rows lie: each goes through its own chunks, and sums are added
+        up once, at the end. None: one device.
     """
 
-    def chunk_loss(loss, chunk):
-        logits_NV = products.logits(rows(chunk[0]), embedding_VD, vocab_size)
-        chunk_sum, _, outputs = terms(logits_NV, *map(_flat, chunk[1:]))
-        return loss + chunk_sum, _unflat(outputs, chunk[0])
+    def local_loss(hidden_BTD, embedding_VD, constants, *arrays):
+        def chunk_loss(loss, chunk):
+            logits_NV = products.logits(rows(chunk[0]), embedding_VD, vocab_size)
+            chunk_sum, _, outputs = terms(constants, logits_NV, *map(_flat, chunk[1:]))
+            return loss + chunk_sum, _unflat(outputs, chunk[0])
 
-    loss, outputs = jax.lax.scan(chunk_loss, jnp.zeros((), jnp.float32), chunks(hidden_BTD, *arrays))
-    return loss, jax.tree.map(lambda output: unchunk(output, hidden_BTD.shape[1]), outputs)
+        loss, outputs = jax.lax.scan(chunk_loss, jnp.zeros((), jnp.float32), chunks(hidden_BTD, *arrays))
+        return loss, jax.tree.map(lambda output: unchunk(output, hidden_BTD.shape[1]), outputs)
+
+    def summed(*arguments):
+        loss, outputs = local_loss(*arguments)
+        return jax.lax.psum(loss, BATCH[0]), outputs
+
+    given = (BATCH, _WHOLE, _WHOLE, *(BATCH for _ in arrays))
+    run = _on_each_device(local_loss, mesh, hidden_BTD, given, (_WHOLE, BATCH), summed)
+    return run(hidden_BTD, embedding_VD, constants, *arrays)
 
 
 def chunked_loss_and_gradients(
-    terms: Terms, hidden_BTD: jax.Array, embedding_VD: jax.Array, vocab_size: int, *arrays: jax.Array
+    terms: Terms,
+    hidden_BTD: jax.Array,
+    embedding_VD: jax.Array,
+    vocab_size: int,
+    *arrays: jax.Array,
+    constants: Any = (),
+    mesh: Mesh | None = None,
 ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, jax.Array]]:
     """`chunked_loss`, and its gradients in `hidden_BTD` and `embedding_VD`, taken while a chunk is at hand."""
 
-    def chunk_loss(carry, chunk):
-        loss, embedding_grad_DV = carry
-        hidden_ND = rows(chunk[0])
-        logits_NV = products.logits(hidden_ND, embedding_VD, vocab_size)
-        chunk_sum, logits_grad_NV, outputs = terms(logits_NV, *map(_flat, chunk[1:]))
-        logits_grad_NV = logits_grad_NV.astype(hidden_ND.dtype)
-        hidden_grad_ND = logits_grad_NV @ embedding_VD
-        # In this form the small factor is transposed, not the large one.
-        embedding_grad_DV += jnp.einsum("nd,nv->dv", hidden_ND, logits_grad_NV, preferred_element_type=jnp.float32)
-        outputs = _unflat(outputs, chunk[0]), hidden_grad_ND.reshape(chunk[0].shape)
-        return (loss + chunk_sum, embedding_grad_DV), outputs
+    def local_loss(hidden_BTD, embedding_VD, constants, *arrays):
+        def chunk_loss(carry, chunk):
+            loss, embedding_grad_DV = carry
+            hidden_ND = rows(chunk[0])
+            logits_NV = products.logits(hidden_ND, embedding_VD, vocab_size)
+            chunk_sum, logits_grad_NV, outputs = terms(constants, logits_NV, *map(_flat, chunk[1:]))
+            logits_grad_NV = logits_grad_NV.astype(hidden_ND.dtype)
+            hidden_grad_ND = logits_grad_NV @ embedding_VD
+            # In this form the small factor is transposed, not the large one.
+            embedding_grad_DV += jnp.einsum("nd,nv->dv", hidden_ND, logits_grad_NV, preferred_element_type=jnp.float32)
+            outputs = _unflat(outputs, chunk[0]), hidden_grad_ND.reshape(chunk[0].shape)
+            return (loss + chunk_sum, embedding_grad_DV), outputs
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape[::-1], jnp.float32))
-    (loss, embedding_grad_DV), outputs = jax.lax.scan(chunk_loss, start, chunks(hidden_BTD, *arrays))
-    outputs, hidden_grad_BTD = jax.tree.map(lambda output: unchunk(output, hidden_BTD.shape[1]), outputs)
+        start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape[::-1], jnp.float32))
+        (loss, embedding_grad_DV), outputs = jax.lax.scan(chunk_loss, start, chunks(hidden_BTD, *arrays))
+        outputs, hidden_grad_BTD = jax.tree.map(lambda output: unchunk(output, hidden_BTD.shape[1]), outputs)
+        return loss, outputs, hidden_grad_BTD, embedding_grad_DV
+
+    def summed(*arguments):
+        loss, outputs, hidden_grad_BTD, embedding_grad_DV = local_loss(*arguments)
+        loss, embedding_grad_DV = jax.lax.psum((loss, embedding_grad_DV), BATCH[0])
+        return loss, outputs, hidden_grad_BTD, embedding_grad_DV
+
+    given = (BATCH, _WHOLE, _WHOLE, *(BATCH for _ in arrays))
+    run = _on_each_device(local_loss, mesh, hidden_BTD, given, (_WHOLE, BATCH, BATCH, _WHOLE), summed)
+    loss, outputs, hidden_grad_BTD, embedding_grad_DV = run(hidden_BTD, embedding_VD, constants, *arrays)
     return (loss, outputs), (hidden_grad_BTD, embedding_grad_DV.T.astype(embedding_VD.dtype))
+
+
+_WHOLE = PartitionSpec()
+
+
+def _on_each_device(
+    local: Callable[..., Any],
+    mesh: Mesh | None,
+    hidden_BTD: jax.Array,
+    given: Any,
+    returned: Any,
+    summed: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """`local`, or where rows lie on several devices, `summed` on the rows of each.
+
+    Left to the compiler, the devices would take the chunks of all rows together and add up sums after each of them.
+    The vocabulary stays as it is cut (tensor). Rows that do not divide are left to the compiler after all.
+    """
+    if mesh is None or row_shards(mesh) == 1 or hidden_BTD.shape[0] % row_shards(mesh):
+        return local
+    axes = set(BATCH[0])
+    return jax.shard_map(
+        summed or local, mesh=mesh, in_specs=given, out_specs=returned, axis_names=axes, check_vma=False
+    )
 
 
 def scaled(gradients: Sequence[jax.Array], cotangent: jax.Array) -> tuple[jax.Array, ...]:
@@ -133,7 +205,7 @@ def scaled(gradients: Sequence[jax.Array], cotangent: jax.Array) -> tuple[jax.Ar
     return tuple(gradient * cotangent.astype(gradient.dtype) for gradient in gradients)
 
 
-def _terms(logits_NV, targets_N, weights_N):
+def _terms(_, logits_NV, targets_N, weights_N):
     highest_N1, exponentials_NV, sum_N1 = softmax_parts(logits_NV)
     nll_N = nll(logits_NV, highest_N1, sum_N1, targets_N)
     is_target_NV = jnp.arange(logits_NV.shape[-1])[None] == targets_N[:, None]
@@ -142,18 +214,23 @@ def _terms(logits_NV, targets_N, weights_N):
     return jnp.sum(nll_N * weights_N), logits_grad_NV, nll_N
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weighted_cross_entropy(
-    vocab_size: int, hidden_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    vocab_size: int,
+    mesh: Mesh | None,
+    hidden_BTD: jax.Array,
+    embedding_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    return chunked_loss(_terms, hidden_BTD, embedding_VD, vocab_size, targets_BT, weights_BT)
+    return chunked_loss(_terms, hidden_BTD, embedding_VD, vocab_size, targets_BT, weights_BT, mesh=mesh)
 
 
-def _forward(vocab_size, hidden_BTD, embedding_VD, targets_BT, weights_BT):
-    return chunked_loss_and_gradients(_terms, hidden_BTD, embedding_VD, vocab_size, targets_BT, weights_BT)
+def _forward(vocab_size, mesh, hidden_BTD, embedding_VD, targets_BT, weights_BT):
+    return chunked_loss_and_gradients(_terms, hidden_BTD, embedding_VD, vocab_size, targets_BT, weights_BT, mesh=mesh)
 
 
-def _backward(vocab_size, gradients, cotangents):
+def _backward(vocab_size, mesh, gradients, cotangents):
     return (*scaled(gradients, cotangents[0]), None, None)
 
 

@@ -18,11 +18,23 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
 
-from ssl_jax import attention, products
+from ssl_jax import attention, products, sharding
 from ssl_jax.dropout import keep_factors
+from ssl_jax.errors import UserError
 
 Params = dict[str, Any]
+
+# What a block keeps for its backward pass. `names`: what attention reads and gives, five widths a token, spares the
+# kernel and the largest product next to the feed-forward layer's; `dots` keeps all products, nine widths, but not
+# attention.
+_POLICIES: dict[str, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attention"),
+    "full": None,
+}
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -65,6 +77,7 @@ class GPT2:
       vocab_size: rows of the embedding that count; ids from here to `padded_vocab_size` are never predicted.
       dtype: type of the arithmetic; softmax, layer norms and the loss stay in float32.
       scan_unroll: stacked blocks compiled per turn of the loop over them; all of them: no loop.
+      mesh: the devices that the model runs on; None: one device.
     """
 
     vocab_size: int
@@ -90,16 +103,48 @@ class GPT2:
     scan_unroll: int = 1
     remat: str = "none"
     attn_implementation: attention.Implementation = "einsum"
+    mesh: jax.sharding.Mesh | None = None
 
     @classmethod
-    def from_config(cls, config: Any, vocab_size: int) -> GPT2:
-        """Resolves a `config.Model` for a tokenizer of `vocab_size` tokens; a larger `config.vocab_size` stands."""
-        backend, dtype, implementation = jax.default_backend(), config.dtype, config.attn_implementation
+    def from_config(
+        cls,
+        config: Any,
+        vocab_size: int,
+        mesh: jax.sharding.Mesh | None = None,
+        *,
+        platform: str | None = None,
+        sequence_length: int | None = None,
+    ) -> GPT2:
+        """Resolves a `config.Model` for a tokenizer of `vocab_size` tokens; a larger `config.vocab_size` stands.
+
+        Args:
+          config: a `config.Model`.
+          vocab_size: of the tokenizer.
+          mesh: where the model will run, which may be on devices that are not here; None: on one device.
+          platform: JAX's name of the backend; None: that of the mesh's devices, or else of this process.
+          sequence_length: of the rows that it is trained with; None: it only answers and scores, wherever it is, and
+            without an attention kernel where that is of another platform.
+
+        Raises:
+          UserError: the heads, or the attention kernel that is asked for, do not fit the mesh, platform or rows.
+        """
+        backend = platform or (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+        dtype = config.dtype
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
-        if implementation == "auto":
-            is_plain = dtype == "bfloat16" and not config.attn_pdrop and not config.reorder_and_upcast_attn
-            implementation = "cudnn" if backend == "gpu" and is_plain else "einsum"
+        if mesh is not None and config.n_head % mesh.shape["tensor"]:
+            raise UserError(
+                f"mesh.tensor {mesh.shape['tensor']} does not divide the model's {config.n_head} heads; set it to a "
+                "divisor, and mesh.fsdp for the rest"
+            )
+        implementation = attention.choose(
+            config.attn_implementation,
+            platform=backend,
+            dtype=dtype,
+            head_width=config.n_embd // config.n_head,
+            length=sequence_length,
+            is_plain=not config.attn_pdrop and not config.reorder_and_upcast_attn,
+        )
         fields = {field.name for field in dataclasses.fields(cls)} & set(type(config).model_fields)
         values = {name: getattr(config, name) for name in fields}
         rows = max(vocab_size, config.vocab_size or 0)
@@ -112,6 +157,7 @@ class GPT2:
             # Without a loop XLA on CPU is faster, but would keep what recomputation is meant to save.
             "scan_unroll": config.scan_unroll or (config.n_layer if backend == "cpu" and config.remat == "none" else 1),
             "attn_implementation": implementation,
+            "mesh": mesh,
         }
         return cls(**values)
 
@@ -124,6 +170,8 @@ class GPT2:
 def init(model: GPT2, key: jax.Array) -> Params:
     """Fresh parameters as GPT-2 initializes them: normal, the residual projections scaled by 1/sqrt(2 L)."""
     tokens = jnp.zeros((1, 8), jnp.int32)
+    # Parameters depend neither on where they will lie nor on a kernel that may not be there.
+    model = dataclasses.replace(model, mesh=None, attn_implementation="einsum")
     return dict(_Transformer(model).init(key, tokens, tokens, tokens)["params"])
 
 
@@ -295,7 +343,26 @@ def _attend_causally(model, layer, query, key, value, segment_ids_BT, dropout_ra
         upcast=model.reorder_and_upcast_attn,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
+        mesh=model.mesh,
     )
+
+
+def _is_spread(model: GPT2) -> bool:
+    return model.mesh is not None and model.mesh.size > 1
+
+
+def _constrain(model: GPT2, array: jax.Array, *axes: Any) -> jax.Array:
+    """Says how an array lies on several devices; the compiler would guess, and now and then move activations."""
+    if model.mesh is None or model.mesh.size == 1:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(model.mesh, PartitionSpec(*axes)))
+
+
+def _by_row(model: GPT2, x_BTD: jax.Array) -> jax.Array:
+    """Every device keeps its own rows; rows that do not divide are left to the compiler."""
+    if model.mesh is None or x_BTD.shape[0] % sharding.row_shards(model.mesh):
+        return x_BTD
+    return _constrain(model, x_BTD, *sharding.BATCH)
 
 
 def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
@@ -310,11 +377,18 @@ def _quantized(module: nn.Module, name: str) -> products.Int8 | None:
 
 
 class _Dense(nn.Module):
-    """x @ kernel + bias with Hugging Face's Conv1D names."""
+    """x @ kernel + bias with Hugging Face's Conv1D names.
+
+    Attributes:
+      tensor_axes: of the kernel, as `sharding.PARTITION_RULES` has them, fsdp left out.
+      groups: (queries, keys and values; heads; width) where the columns are those; the result has these axes then.
+    """
 
     model: GPT2
     features: int
     scale: float = 1.0
+    tensor_axes: tuple[str | None, str | None] = (None, "tensor")
+    groups: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -323,9 +397,25 @@ class _Dense(nn.Module):
         if kernel is None:
             kernel = self.param("kernel", initializer, (x.shape[-1], self.features), self.model.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.model.param_dtype)
+        if _is_spread(self.model) and not isinstance(kernel, products.Int8):
+            return self._spread(x, kernel, bias)
         # XLA on CPU turns plain matrix products, and only those, into fast calls, also in the backward pass.
         rows = products.matmul(x.reshape(-1, x.shape[-1]), kernel) + bias.astype(self.model.dtype)[None]
-        return rows.reshape(*x.shape[:-1], self.features)
+        return rows.reshape(*x.shape[:-1], *(self.groups or (self.features,)))
+
+    def _spread(self, x: jax.Array, kernel: Any, bias: jax.Array) -> jax.Array:
+        """The product on several devices: each gets the columns or rows that are its part of the heads or the layer.
+
+        Weights move, activations do not: what devices share of a kernel (fsdp) is put together just before its use.
+        """
+        model, axes = self.model, self.tensor_axes
+        kernel, bias = kernel.astype(model.dtype), bias.astype(model.dtype)
+        if len(self.groups) == 0:
+            kernel = _constrain(model, kernel, *axes)
+            return x @ kernel + bias
+        # Columns of one head lie in as many places as there are groups, so that they are told apart before they move.
+        kernel = _constrain(model, kernel.reshape(x.shape[-1], *self.groups), None, None, "tensor", None)
+        return jnp.einsum("btd,dghk->btghk", x, kernel) + bias.reshape(self.groups)
 
 
 class _LayerNorm(nn.Module):
@@ -336,12 +426,17 @@ class _LayerNorm(nn.Module):
         width = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, width, self.model.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, width, self.model.param_dtype)
-        x32 = x.astype(jnp.float32)
-        centered = x32 - x32.mean(axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-        normal = centered * jax.lax.rsqrt(variance + self.model.layer_norm_epsilon)
-        ones = (None,) * (x.ndim - 1)
-        return (normal * scale.astype(jnp.float32)[ones] + bias.astype(jnp.float32)[ones]).astype(x.dtype)
+
+        def norm(x, scale, bias):
+            x32 = x.astype(jnp.float32)
+            centered = x32 - x32.mean(axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+            normal = centered * jax.lax.rsqrt(variance + self.model.layer_norm_epsilon)
+            ones = (None,) * (x.ndim - 1)
+            return (normal * scale.astype(jnp.float32)[ones] + bias.astype(jnp.float32)[ones]).astype(x.dtype)
+
+        # What the backward pass would keep is in float32, twice what it can be computed from in a shorter type.
+        return (norm if x.dtype == jnp.float32 else jax.checkpoint(norm))(x, scale, bias)
 
 
 class _Embed(nn.Module):
@@ -353,7 +448,7 @@ class _Embed(nn.Module):
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         table = _Table(self.model, self.model.padded_vocab_size, name="wte")
         positions = _Table(self.model, self.model.n_positions, name="wpe")
-        return table(tokens_BT) + positions(positions_BT)
+        return _by_row(self.model, table(tokens_BT) + positions(positions_BT))
 
 
 class _Table(nn.Module):
@@ -368,7 +463,8 @@ class _Table(nn.Module):
             return embedding.rows(ids_BT, model.dtype)
         initializer = nn.initializers.normal(model.initializer_range)
         embedding = self.param("embedding", initializer, (self.rows, model.n_embd), model.param_dtype)
-        return embedding.astype(model.dtype)[ids_BT]
+        # In this order gradients of short types add up in the parameters' own.
+        return embedding[ids_BT].astype(model.dtype)
 
 
 class _Block(nn.Module):
@@ -385,19 +481,20 @@ class _Block(nn.Module):
         drop = 0.0 if self.deterministic else model.resid_pdrop
 
         normal = _LayerNorm(model, name="ln_1")(x_BTD)
-        qkv = _Dense(model, 3 * width, name="attn_c_attn")(normal)
-        heads = qkv.reshape(rows, length, 3, model.n_head, width // model.n_head).transpose(2, 0, 3, 1, 4)
+        groups = (3, model.n_head, width // model.n_head)
+        qkv = _Dense(model, 3 * width, groups=groups, name="attn_c_attn")(normal)
+        heads = checkpoint_name(qkv, "qkv").transpose(2, 0, 3, 1, 4)
         context_BHTK, extra = attend(heads[0], heads[1], heads[2])
-        context = context_BHTK.transpose(0, 2, 1, 3).reshape(rows, length, width)
-        projected = _Dense(model, width, residual_scale, name="attn_c_proj")(context)
-        x_BTD = x_BTD + _dropout(self, projected, drop)
+        context = checkpoint_name(context_BHTK.transpose(0, 2, 1, 3).reshape(rows, length, width), "attention")
+        projected = _Dense(model, width, residual_scale, ("tensor", None), name="attn_c_proj")(context)
+        x_BTD = _by_row(model, x_BTD + _dropout(self, projected, drop))
 
         normal = _LayerNorm(model, name="ln_2")(x_BTD)
         # Of all that the activation computes, the backward pass gets its argument: the rest is cheaper than memory.
         activation = jax.checkpoint(ACTIVATIONS[model.activation_function])
         inner = activation(_Dense(model, model.n_inner, name="mlp_c_fc")(normal))
-        projected = _Dense(model, width, residual_scale, name="mlp_c_proj")(inner)
-        return x_BTD + _dropout(self, projected, drop), extra
+        projected = _Dense(model, width, residual_scale, ("tensor", None), name="mlp_c_proj")(inner)
+        return _by_row(model, x_BTD + _dropout(self, projected, drop)), extra
 
 
 class _TrainBlock(nn.Module):
@@ -438,7 +535,7 @@ class _Transformer(nn.Module):
             _Table(model, model.padded_vocab_size, name="lm_head")(tokens_BT)  # made here, read by `output_embedding`
         block: Any = _TrainBlock
         if model.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if model.remat == "dots" else None
+            policy = _POLICIES[model.remat]
             block = nn.remat(block, prevent_cse=not model.scan_layers or model.scan_unroll > 1, policy=policy)
         if model.scan_layers:
             scanned: Any = nn.scan(

@@ -17,20 +17,6 @@ DEFAULT_STEPS = 1000
 
 _NO_ROUNDS = "or set --pseudo-labels.rounds []"
 
-# Dense bfloat16 peaks by `jax.Device.device_kind`, FLOP/s (vendors' data sheets).
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -257,9 +243,3 @@ def flops_per_token(shape: GPT2, sequence_length: int) -> int:
     """
     multiplied = parameter_count(dataclasses.replace(shape, tie_word_embeddings=True))
     return 6 * multiplied + 6 * shape.n_layer * shape.n_embd * sequence_length
-
-
-def device_peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 peak of a device, FLOP/s, or None where it is not known (a CPU)."""
-    matches = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None

@@ -32,7 +32,7 @@ def load(
     settings = huggingface.resolve(config.Model(init_from=str(directory), scan_layers=False))
     tokenizer = DialogueTokenizer.load(directory, template=template, fallback="plain")
     tokenizer.end_also_with(huggingface.read_end_ids(directory))
-    shape = model.GPT2.from_config(settings, tokenizer.vocab_size)
+    shape = model.GPT2.from_config(settings, tokenizer.vocab_size, mesh)
     return shape, _read(directory, shape, tokenizer, mesh), tokenizer
 
 

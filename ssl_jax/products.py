@@ -87,5 +87,9 @@ def _round_rows(matrix_NI: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _of_two_rows(multiply: Any, x_NI: jax.Array) -> jax.Array:
     """`multiply(x_NI)`; a single row goes twice where XLA has fast products of short types for several rows only."""
-    is_slow = x_NI.shape[0] == 1 and x_NI.dtype != jnp.float32 and jax.default_backend() == "cpu"
-    return multiply(jnp.broadcast_to(x_NI, (2, x_NI.shape[1])))[:1] if is_slow else multiply(x_NI)
+    if x_NI.shape[0] != 1 or x_NI.dtype == jnp.float32:
+        return multiply(x_NI)
+    # Asked when it is compiled, which may be for other devices than those that are here.
+    return jax.lax.platform_dependent(
+        x_NI, cpu=lambda x: multiply(jnp.broadcast_to(x, (2, x.shape[1])))[:1], default=multiply
+    )

@@ -86,9 +86,8 @@ def make(config: Config, plan: Plan, shape: GPT2, mesh: Mesh, teacher_shapes: Ma
     )
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the train step takes for a batch of packed rows."""
-    by_row = NamedSharding(mesh, sharding.BATCH)
+def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a batch of packed rows, as `step` describes it."""
     types = {
         "tokens": jnp.int32,
         "targets": jnp.int32,
@@ -96,8 +95,15 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDty
         "positions": jnp.int32,
         "segment_ids": jnp.int32,
     }
-    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=by_row) for name, dtype in types.items()}
-    return {**batch, "stream": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=by_row)}
+    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in types.items()}
+    return {**batch, "stream": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """`batch_shapes` as they lie on the mesh."""
+    by_row = NamedSharding(mesh, sharding.BATCH)
+    shapes = batch_shapes(rows, length)
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_row) for name, leaf in shapes.items()}
 
 
 def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -106,9 +112,13 @@ def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
 
 
-def abstract_params(shape: GPT2, mesh: Mesh) -> Any:
+def abstract_params(shape: GPT2, mesh: Mesh) -> model.Params:
     """Parameters of a model as they lie on the mesh."""
-    abstract = jax.eval_shape(functools.partial(model.init, shape), jax.eval_shape(jax.random.key, 0))
+    return place_params(jax.eval_shape(functools.partial(model.init, shape), jax.eval_shape(jax.random.key, 0)), mesh)
+
+
+def place_params(abstract: model.Params, mesh: Mesh) -> model.Params:
+    """Abstract parameters, stacked or not, as they lie on the mesh."""
     return sharding.place(abstract, sharding.shard_params(abstract, mesh))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,46 @@ def shard_like_params(tree: Any, param_shardings: Any, mesh: Mesh) -> Any:
         raise LookupError(f"no parameter corresponds to state leaf {text!r}")
 
     return jax.tree.map_with_path(place, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableRow:
+    """How parameters of one kind lie on the devices.
+
+    Attributes:
+      name: path; `*` stands for the number of an unstacked block.
+      shape: of each.
+      dtype: of the elements.
+      spec: axes of the mesh over which it is cut, such as `fsdp × tensor`; `whole` where every device has all of it.
+      count: how many there are.
+      bytes_per_device: of all of them together.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str
+    count: int
+    bytes_per_device: int
+
+
+def table(abstract_params: Any) -> list[TableRow]:
+    """The partition of abstract parameters with shardings, for people; blocks that are alike in one row."""
+    rows: dict[str, TableRow] = {}
+    for path, leaf in jax.tree.leaves_with_path(abstract_params):
+        name = re.sub(r"(^|/)h/\d+/", r"\1h/*/", _path_text(path))
+        axes = [axis for axis in leaf.sharding.spec if axis is not None and leaf.sharding.mesh.shape[axis] > 1]
+        size = int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        old = rows.get(name)
+        rows[name] = TableRow(
+            name=name,
+            shape=leaf.shape,
+            dtype=str(leaf.dtype),
+            spec=" × ".join(axes) or "whole",
+            count=1 + (old.count if old else 0),
+            bytes_per_device=size + (old.bytes_per_device if old else 0),
+        )
+    return list(rows.values())
 
 
 def place(abstract: Any, shardings: Any) -> Any:

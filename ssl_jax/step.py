@@ -183,7 +183,7 @@ def score(shape: model.GPT2, params: model.Params, batch: Batch) -> jax.Array:
     """Negative log-likelihood of every target, float32 `[B, T]`, nats; padding included."""
     hidden = model.forward(shape, params, batch["tokens"], batch["positions"], batch["segment_ids"])
     embedding = model.output_embedding(params, hidden.dtype)
-    return losses.token_nll(hidden, embedding, batch["targets"], shape.vocab_size)
+    return losses.token_nll(hidden, embedding, batch["targets"], shape.vocab_size, shape.mesh)
 
 
 def _all_teachers(settings: StepSettings, state: TrainState, teachers: Sequence[model.Params]) -> list[model.Params]:

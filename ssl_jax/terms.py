@@ -104,7 +104,7 @@ def total(
     if taught < rows:
         plain = slice(0, rows - taught)
         loss, nll_BT = losses.weighted_cross_entropy(
-            hidden[plain], embedding, batch["targets"][plain], batch["factors"][plain], shape.vocab_size
+            hidden[plain], embedding, batch["targets"][plain], batch["factors"][plain], shape.vocab_size, shape.mesh
         )
         sums, nll = sums._replace(loss=sums.loss + loss), [nll_BT]
     if taught:
@@ -123,6 +123,7 @@ def total(
             teaching.rule,
             confidence,
             shape.vocab_size,
+            shape.mesh,
         )
         counted_BT = part["loss_weights"] * (part["soft_factors"] > 0)
         sums = sums._replace(
@@ -136,7 +137,7 @@ def total(
         pairs = _pairs(hidden)
         factors_BT, weights_BT = (jnp.sum(_pairs(batch[name]), axis=1) for name in ("factors", "loss_weights"))
         loss, divergence_BT = divergence.symmetric(
-            pairs[:, 0], pairs[:, 1], embedding, 0.5 * r_drop * factors_BT, shape.vocab_size
+            pairs[:, 0], pairs[:, 1], embedding, 0.5 * r_drop * factors_BT, shape.vocab_size, shape.mesh
         )
         sums = sums._replace(loss=sums.loss + loss, r_drop=jnp.sum(divergence_BT * weights_BT))
     nll_BT = jnp.concatenate(nll) if len(nll) > 1 else nll[0]

@@ -1,7 +1,8 @@
 """Trains a dialogue model: `python -m ssl_jax.train --config FILE [--workdir DIR] [--any.field value]`.
 
 Prepares the data if needed, trains on labeled, unlabeled and pseudo-labeled dialogues, evaluates, checkpoints. The
-same command again goes on where the run stopped.
+same command again goes on where the run stopped. `--dry-run` prints what the run will be, need and take, and touches
+nothing; with `--topology v5e:16x16` it compiles for that TPU slice without having one.
 """
 
 from __future__ import annotations
@@ -11,16 +12,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import command_line, distributed, pretrained, workdir
+from pydantic import Field
+
+from ssl_jax import agreement, command_line, distributed, pretrained, workdir
 from ssl_jax.config import Config
 from ssl_jax.evaluation.tables import metric_lines
 
 
+class Command(Config):
+    """A run, and whether to plan it only."""
+
+    dry_run: bool = Field(
+        default=False, exclude=True, description="Print the plan, its memory, arithmetic and time, and train nothing."
+    )
+    topology: str | None = Field(
+        default=None,
+        exclude=True,
+        description="Plan for these devices: a TPU slice (v5e:16x16, 2*v5e:16x16, v5p-128), for which the programs are "
+        "compiled, or GPUs (h100:8). Implies dry_run.",
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
     """The story of a run: configuration, work directory, data, training, what came of it."""
-    config = command_line.parse(Config, arguments, program="python -m ssl_jax.train", summary=__doc__ or "")
+    with distributed.before_joining():
+        config = command_line.parse(Command, arguments, program="python -m ssl_jax.train", summary=__doc__ or "")
+    if config.dry_run or config.topology is not None:
+        plan_only(config, writes=any(word.split("=")[0] == "--workdir" for word in arguments))
+        return
     distributed.join()
     config = pretrained.resolve(config)
+    agreement.check(config.model_dump(mode="json"))
     directory = Path(config.workdir)
     distributed.primary_first("claim the work directory", lambda: workdir.claim(directory, config))
     if (summary := workdir.read_summary(directory)) is not None:
@@ -45,6 +67,27 @@ def main(arguments: Sequence[str]) -> None:
         summary = loop.Run(config, prepared, directory, signals).train()
     if distributed.is_primary():
         show(summary, directory)
+
+
+def plan_only(command: Command, *, writes: bool) -> None:
+    """Prints the forecast of the run; with `writes`, `plan.json` in its work directory too."""
+    from ssl_jax import files
+    from ssl_jax.data.pipeline import find
+    from ssl_jax.forecast import plan_ahead, report
+    from ssl_jax.hardware import Topology
+    from ssl_jax.training_streams import TrainingStreams
+
+    topology = None if command.topology is None else Topology.parse(command.topology)
+    config, directory = pretrained.resolve(command), Path(command.workdir)
+    prepared = find(config)
+    if prepared is None:
+        print("the data is not prepared yet: its epochs and vocabulary are left open (python -m ssl_jax.prepare)")
+    streams = {} if prepared is None else TrainingStreams(config, prepared, directory).before_rounds()
+    made = plan_ahead.forecast(config, topology, prepared, streams, print)
+    print("\n".join(report.lines(made)))
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        files.write_json(directory / workdir.PLAN, report.as_dict(made))
 
 
 def _say_nothing(_: str) -> None:

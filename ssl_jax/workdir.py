@@ -18,6 +18,7 @@ PSEUDO_LABELS = "pseudo_labels"
 BACK_TRANSLATIONS = "back_translations"
 TOKENIZER = "tokenizer"
 DATA = "data.json"
+PLAN = "plan.json"
 
 # Fields that may differ when a run goes on: where things are, not what they are.
 FREE_FIELDS = ("workdir", "data.prepared_dir", "train.logging_steps", "train.save_total_limit")

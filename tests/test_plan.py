@@ -223,17 +223,3 @@ def test_an_untied_head_costs_memory_but_no_operations():
     untied = dataclasses.replace(tied, tie_word_embeddings=False)
     assert plan.parameter_count(untied) == plan.parameter_count(tied) + 50257 * 768
     assert plan.flops_per_token(untied, 1024) == plan.flops_per_token(tied, 1024)
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("cpu", None),
-    ],
-)
-def test_peak_of_a_device_is_that_of_its_longest_matching_name(kind, peak):
-    assert plan.device_peak_flops(kind) == peak

@@ -114,6 +114,35 @@ def test_a_large_state_leaf_that_belongs_to_no_parameter_is_an_error_and_a_small
         sharding.shard_like_params({"extra": jax.ShapeDtypeStruct((3, 2), "float32")}, params, mesh(1, 2, 1))
 
 
+def table(shape, *sizes):
+    params = abstract_params(shape)
+    return {row.name: row for row in sharding.table(sharding.place(params, sharding.shard_params(params, mesh(*sizes))))}
+
+
+def test_the_table_says_how_parameters_lie_and_what_each_device_holds_of_them():
+    rows = table(shape(), 2, 2, 4)
+    assert rows["h/attn_c_attn/kernel"] == sharding.TableRow(
+        "h/attn_c_attn/kernel", (2, 16, 48), "float32", "fsdp × tensor", 1, 2 * 16 * 48 * 4 // 8
+    )
+    assert rows["wte/embedding"].spec == "tensor × fsdp"
+    assert rows["ln_f/scale"] == sharding.TableRow("ln_f/scale", (16,), "float32", "whole", 1, 16 * 4)
+
+
+def test_an_axis_of_one_device_cuts_nothing():
+    rows = table(shape(), 8, 1, 1)
+    assert {row.spec for row in rows.values()} == {"whole"}
+    assert table(shape(), 2, 4, 1)["wte/embedding"].spec == "fsdp"
+
+
+def test_blocks_that_are_alike_are_one_row_which_counts_all_of_them():
+    stacked, single = table(shape(), 1, 2, 2), table(shape(scan_layers=False), 1, 2, 2)
+    assert single.keys() == {name.replace("h/", "h/*/") for name in stacked}
+    block = single["h/*/mlp_c_fc/kernel"]
+    assert (block.count, block.shape, block.spec) == (2, (16, 24), "fsdp × tensor")
+    for one, other in zip(stacked.values(), single.values(), strict=True):
+        assert one.bytes_per_device == other.bytes_per_device, one.name
+
+
 def test_rows_are_cut_over_data_and_fsdp_only():
     assert sharding.row_shards(mesh(2, 3, 4)) == 6
     assert PartitionSpec(("data", "fsdp")) == sharding.BATCH

@@ -57,9 +57,10 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Type of the arithmetic; auto: float32 on CPU, bfloat16 on accelerators."
     )
-    attn_implementation: Literal["auto", "einsum", "cudnn"] = Field(
+    attn_implementation: Literal["auto", "einsum", "cudnn", "splash"] = Field(
         default="auto",
-        description="Form of attention; auto: cuDNN's kernel on NVIDIA for bfloat16 without attn_pdrop, else einsum.",
+        description="Form of attention; auto: without attn_pdrop cuDNN's kernel on NVIDIA for bfloat16 and splash "
+        "attention on TPUs for rows of a multiple of 128 tokens, else einsum.",
     )
     scan_layers: bool = Field(
         default=True, description="Stack the blocks' parameters and loop over them (else keep every block apart)."
@@ -69,8 +70,10 @@ class Model(Section):
         ge=1,
         description="Blocks compiled per turn of that loop; absent: all on a CPU without remat, else one.",
     )
-    remat: Literal["none", "dots", "full"] = Field(
-        default="none", description="What the backward pass recomputes: nothing, all but matrix products, whole blocks."
+    remat: Literal["none", "dots", "names", "full"] = Field(
+        default="none",
+        description="What the backward pass recomputes: nothing; all but matrix products (dots); all but attention and "
+        "what it reads (names); whole blocks.",
     )
     vocab_multiple: int = Field(
         default=64, ge=1, description="The embedding table is padded to a multiple; the pad is masked."
@@ -88,10 +91,11 @@ class Model(Section):
         return values
 
     @model_validator(mode="after")
-    def _cudnn_can(self) -> Model:
-        if self.attn_implementation == "cudnn" and (self.attn_pdrop or self.reorder_and_upcast_attn):
+    def _kernel_can(self) -> Model:
+        if self.attn_implementation in ("cudnn", "splash") and (self.attn_pdrop or self.reorder_and_upcast_attn):
             raise ValueError(
-                "attn_implementation cudnn has no attn_pdrop and no reorder_and_upcast_attn; set them to 0"
+                f"attn_implementation {self.attn_implementation} has no attn_pdrop and no reorder_and_upcast_attn; "
+                "set them to 0"
             )
         if self.attn_implementation == "cudnn" and self.dtype == "float32":
             raise ValueError("attn_implementation cudnn computes in 16 bits; dtype float32 needs einsum")

@@ -108,6 +108,16 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     return prepared
 
 
+def find(config: Config) -> Prepared | None:
+    """The data that `config` names, if it is prepared already.
+
+    Raises:
+      UserError: a source is missing or contradicts itself.
+    """
+    directory = Path(config.data.prepared_dir) / sources.content_hash(config, sources.resolve(config))[:16]
+    return Prepared.open(directory) if (directory / "summary.json").is_file() else None
+
+
 @contextlib.contextmanager
 def _working_directory(directory: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """The folder in which `directory` is made, which other processes wait for; an interrupted call leaves it."""

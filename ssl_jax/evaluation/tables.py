@@ -18,7 +18,7 @@ def metric_lines(split: str, values: Mapping[str, float], human: Mapping[str, fl
     for name, value in values.items():
         people, distance = (f"{human[name]:.4f}", f"{value - human[name]:+.4f}") if name in human else ("", "")
         rows.append((name, f"{value:.4f}", people, distance))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def coherence_lines(by_number: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -27,7 +27,7 @@ def coherence_lines(by_number: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = [("reply number", *(name.replace("_", " ") for name in names))]
     for number, values in by_number.items():
         rows.append((number, *(_number(values.get(name)) for name in names)))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def comparison_lines(comparison: Mapping[str, Any]) -> list[str]:
@@ -36,7 +36,7 @@ def comparison_lines(comparison: Mapping[str, Any]) -> list[str]:
     for name, difference in comparison["differences"].items():
         interval = comparison.get(name)
         rows.append((name, f"{difference:+.4f}", _interval(interval, "+.4f") if interval else ""))
-    lines = _aligned(rows)
+    lines = aligned(rows)
     if (gap := comparison.get("gap_closed")) is not None:
         of_oracle = f"{gap['oracle_gap']['value']:+.4f} bits per byte, {_interval(gap['oracle_gap'], '+.4f')}"
         share = gap["fraction"]
@@ -59,6 +59,7 @@ def _number(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines in which the cells of a column stand below each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
