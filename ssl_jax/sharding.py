@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ssl_jax import config
@@ -49,10 +49,27 @@ def mesh_shape(settings: config.Mesh, device_count: int) -> dict[str, int]:
 
 
 def make_mesh(settings: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (all by default) with axes data, fsdp, tensor."""
+    """The mesh over `devices` (all by default) with axes data, fsdp, tensor.
+
+    Neighbors on an axis are neighbors in the machine. Slices, between which sending is slow, divide the data axis.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(settings, len(devices))
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape["data"] % slices:
+        raise UserError(
+            f"mesh.data {shape['data']} is not a multiple of the {slices} slices, between which only gradients may "
+            f"travel; set it to {slices}, and mesh.fsdp and mesh.tensor to what one slice has"
+        )
+    if slices > 1:
+        within = (shape["data"] // slices, shape["fsdp"], shape["tensor"])
+        arranged = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        arranged = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -190,3 +190,14 @@ def test_a_program_too_large_for_the_chip_is_refused() -> None:
     )
     with pytest.raises(UserError, match=r"does not fit: it needs [\d.]+G of"):
         plan_ahead.forecast(config, Topology.parse("v5e:1x1"), None, {}, print)
+
+
+@libtpu
+@pytest.mark.slow
+def test_slices_are_the_first_axis_and_neighbors_share_parameters() -> None:
+    from ssl_jax import config
+    from ssl_jax.forecast import ahead
+
+    mesh = sharding.make_mesh(config.Mesh(fsdp=16), ahead.describe(Topology.parse("2*v5e:4x4")))
+    slices = [{device.slice_index for device in row.flat} for row in mesh.devices]
+    assert slices == [{0}, {1}]

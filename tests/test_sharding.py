@@ -1,6 +1,7 @@
 """Every parameter has a place on the mesh, and a mesh that does not fit says so."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -116,7 +117,9 @@ def test_a_large_state_leaf_that_belongs_to_no_parameter_is_an_error_and_a_small
 
 def table(shape, *sizes):
     params = abstract_params(shape)
-    return {row.name: row for row in sharding.table(sharding.place(params, sharding.shard_params(params, mesh(*sizes))))}
+    return {
+        row.name: row for row in sharding.table(sharding.place(params, sharding.shard_params(params, mesh(*sizes))))
+    }
 
 
 def test_the_table_says_how_parameters_lie_and_what_each_device_holds_of_them():
@@ -156,3 +159,9 @@ def test_batch_arrives_on_the_mesh_unchanged():
         np.testing.assert_array_equal(placed[name], array)
         assert placed[name].sharding.is_equivalent_to(NamedSharding(real, sharding.BATCH), array.ndim)
     assert real.axis_names == sharding.AXES
+
+
+def test_slices_that_the_data_axis_cannot_be_spread_over_are_refused():
+    devices = [SimpleNamespace(slice_index=number // 4) for number in range(8)]
+    with pytest.raises(UserError, match=r"mesh.data 1 is not a multiple of the 2 slices.* set it to 2"):
+        sharding.make_mesh(config.Mesh(fsdp=8), devices)
