@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import files
+from ssl_jax import ending, files
 from ssl_jax.errors import UserError
 
 PyTree = Any
@@ -294,8 +294,8 @@ class Checkpoints:
             raise UserError(f"{where}, item '{name}': leaf '{superfluous[0]}' is in it, but not expected")
 
     def _explain(self, step: int, error: BaseException) -> BaseException:
-        """What the operating system refused is for the user to fix; anything else is a bug and stays what it is."""
-        if isinstance(error, OSError) or _STORAGE_FAILURE.search(str(error)):
+        """What the operating system refused is for the user to fix; a lost process or a bug stays what it is."""
+        if not ending.is_loss(error) and (isinstance(error, OSError) or _STORAGE_FAILURE.search(str(error))):
             reason = " ".join(str(error).split())[:300]
             return UserError(
                 f"checkpoint {step} could not be written to {self._directory}: {reason}\n"

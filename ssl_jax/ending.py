@@ -34,8 +34,8 @@ _REASON_SECONDS = 2.0
 # JAX reports a lost process with a page of its own, which should not come last.
 _REPORT_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
-# Less than JAX's own patience, after which it aborts.
-_SILENCE_SECONDS = 20.0
+# Less than JAX's own patience (half of its heartbeat timeout), after which it aborts.
+_SILENCE_SECONDS = 12.0
 
 # What collectives (Gloo, NCCL) and the coordination service say of a process that they do not reach.
 _LOSS = re.compile(

@@ -410,12 +410,33 @@ class _Dense(nn.Module):
         """
         model, axes = self.model, self.tensor_axes
         kernel, bias = kernel.astype(model.dtype), bias.astype(model.dtype)
-        if len(self.groups) == 0:
-            kernel = _constrain(model, kernel, *axes)
-            return x @ kernel + bias
+        if not self.groups:
+            stored = tuple(axis or "fsdp" for axis in axes)
+            return x @ _gathered(model.mesh, stored, axes, kernel) + bias
         # Columns of one head lie in as many places as there are groups, so that they are told apart before they move.
-        kernel = _constrain(model, kernel.reshape(x.shape[-1], *self.groups), None, None, "tensor", None)
+        kernel = kernel.reshape(x.shape[-1], *self.groups)
+        kernel = _gathered(model.mesh, ("fsdp", None, "tensor", None), (None, None, "tensor", None), kernel)
         return jnp.einsum("btd,dghk->btghk", x, kernel) + bias.reshape(self.groups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gathered(mesh: Any, stored: tuple[str | None, ...], used: tuple[str | None, ...], weight: jax.Array) -> jax.Array:
+    """A weight that lies on the axes `stored`, put together for its use on the axes `used`.
+
+    Its gradient goes to where the weight lies: devices get the sum of their part, not all of it.
+    """
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec(*used)))
+
+
+def _gathered_forward(mesh, stored, used, weight):
+    return _gathered(mesh, stored, used, weight), None
+
+
+def _gathered_backward(mesh, stored, used, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, PartitionSpec(*stored))),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 class _LayerNorm(nn.Module):

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 import tiny
 
@@ -31,7 +32,12 @@ class Group:
     """Processes `0 … n-1` of one run; a context manager that leaves none of them behind."""
 
     def __init__(
-        self, command: Sequence[str], processes: int, devices: int = 1, *, each: Mapping[int, dict[str, str]] | None = None
+        self,
+        command: Sequence[str],
+        processes: int,
+        devices: int = 1,
+        *,
+        each: Mapping[int, dict[str, str]] | None = None,
     ) -> None:
         """Starts them.
 
@@ -41,9 +47,7 @@ class Group:
           devices: of each process.
           each: variables of the environment of single processes.
         """
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        address = free_address()
         cluster = {
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_COORDINATOR_BIND_ADDRESS": address,
@@ -107,7 +111,7 @@ class _Member:
         for thread in self._threads:
             thread.start()
 
-    def _read(self, stream, lines: list[str]) -> None:
+    def _read(self, stream: IO[str], lines: list[str]) -> None:
         with stream:
             for line in stream:
                 lines.append(line)
@@ -121,7 +125,16 @@ class _Member:
         return Ended(self.process.returncode, "".join(self.stdout), "".join(self.stderr), self._ended_at)
 
 
-def run(command: Sequence[str], processes: int, devices: int = 1, **options: Mapping[int, dict[str, str]]) -> list[Ended]:
+def run(
+    command: Sequence[str], processes: int, devices: int = 1, *, each: Mapping[int, dict[str, str]] | None = None
+) -> list[Ended]:
     """Runs a command in so many processes of so many devices each, all to their ends."""
-    with Group(command, processes, devices, **options) as group:
+    with Group(command, processes, devices, each=each) as group:
         return group.end()
+
+
+def free_address() -> str:
+    """Where a coordinator can listen."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -11,10 +12,12 @@ import jax
 import pytest
 import tiny
 
+from ssl_jax import config as settings
 from ssl_jax import plan, programs, sharding
+from ssl_jax.command_line import read_yaml
 from ssl_jax.config import Config
 from ssl_jax.errors import UserError
-from ssl_jax.forecast import cost, memory, plan_ahead
+from ssl_jax.forecast import ahead, cost, memory, plan_ahead
 from ssl_jax.hardware import Topology
 from ssl_jax.model import GPT2
 
@@ -24,12 +27,15 @@ UNLABELED = {"unlabeled": [{"dataset": "chitchat"}]}
 SMALL_VOCABULARY = {"n_layer": 8, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 1024}
 
 
-def made_of(values: dict[str, Any]) -> tuple[Config, plan.Plan, programs.Programs, Any]:
-    config = Config.model_validate({"train": {"steps": 10}, **values})
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+def made_of(
+    values: dict[str, Any] | Config, devices: list[Any] | None = None
+) -> tuple[Config, plan.Plan, programs.Programs, Any]:
+    """A run's plan and programs, on one CPU or on devices that are not here."""
+    config = values if isinstance(values, Config) else Config.model_validate({"train": {"steps": 10}, **values})
+    mesh = sharding.make_mesh(config.mesh, devices or jax.devices()[:1])
     shape = GPT2.from_config(config.model, 1, mesh, sequence_length=config.train.sequence_length)
     records = {"labeled_train": 1, "raw_train": 1}
-    made_plan = plan.make_plan(config, records, 1, 1)
+    made_plan = plan.make_plan(config, records, 1, sharding.row_shards(mesh))
     return config, made_plan, programs.make(config, made_plan, shape, mesh, {}), mesh
 
 
@@ -130,8 +136,6 @@ def test_what_cannot_be_planned_is_told_in_one_message(tmp_path: Path, words: tu
 
 def test_every_configuration_for_hardware_is_estimated_to_fit() -> None:
     for path in sorted(Path("configs/hardware").glob("*.yaml")):
-        from ssl_jax.command_line import read_yaml
-
         hardware = path.stem.split("_", 1)[1]
         topology = Topology.parse(hardware.replace("-", ":") if hardware.startswith("h100") else hardware)
         config = Config.model_validate(read_yaml(path))
@@ -144,7 +148,7 @@ def test_every_configuration_for_hardware_is_estimated_to_fit() -> None:
 
 
 libtpu = pytest.mark.skipif(
-    not __import__("importlib.util").util.find_spec("libtpu"),
+    not importlib.util.find_spec("libtpu"),
     reason="needs libtpu (pip install 'ssl_jax[tpu-compile]')",
 )
 
@@ -164,18 +168,18 @@ def test_no_device_gathers_logits_or_activations(size: str, topology: str, mesh:
             "data": UNLABELED,
         }
     )
-    found = plan_ahead.forecast(config, Topology.parse(topology), None, {}, print)
-    assert found.shape.attn_implementation == "splash"
-    step = found.compiled[0]
-    assert step.memory < 16e9
+    config, made_plan, made, on = made_of(config, ahead.describe(Topology.parse(topology)))
+    assert made.shape.attn_implementation == "splash"
+    step = next(ahead.compile_programs(config, made_plan, made, on, ()))
+    assert step.memory < 16e9 and step.cycles > 0
     gathered = {shape for one in step.collectives if one.kind == "all-gather" for shape in one.shapes}
     assert gathered, "parameters are shared, so some are put together"
-    vocabulary, rows = found.shape.padded_vocab_size, found.plan.rows
+    vocabulary, width = made.shape.padded_vocab_size, made.shape.n_embd
     for shape in gathered:
         assert len(shape) < 4 or 512 not in shape, f"attention's queries or keys: {shape}"
-        if vocabulary in shape or vocabulary // found.mesh_shape["tensor"] in shape:
-            assert found.shape.n_embd in shape or found.shape.n_embd // found.mesh_shape["fsdp"] in shape, shape
-        assert not (512 in shape and found.shape.n_embd in shape and rows in shape), f"hidden states: {shape}"
+        if vocabulary in shape or vocabulary // on.shape["tensor"] in shape:
+            assert width in shape or width // on.shape["fsdp"] in shape, f"logits: {shape}"
+        assert not (512 in shape and width in shape and made_plan.rows in shape), f"hidden states: {shape}"
 
 
 @libtpu
@@ -195,9 +199,6 @@ def test_a_program_too_large_for_the_chip_is_refused() -> None:
 @libtpu
 @pytest.mark.slow
 def test_slices_are_the_first_axis_and_neighbors_share_parameters() -> None:
-    from ssl_jax import config
-    from ssl_jax.forecast import ahead
-
-    mesh = sharding.make_mesh(config.Mesh(fsdp=16), ahead.describe(Topology.parse("2*v5e:4x4")))
+    mesh = sharding.make_mesh(settings.Mesh(fsdp=16), ahead.describe(Topology.parse("2*v5e:4x4")))
     slices = [{device.slice_index for device in row.flat} for row in mesh.devices]
     assert slices == [{0}, {1}]

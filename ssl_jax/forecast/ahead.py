@@ -79,6 +79,8 @@ def describe(topology: Topology) -> list[Any]:
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as JAX has them
+    if topology.slice_shape == "1x1":
+        options["chips_per_host_bounds"] = (1, 1, 1)  # a machine with one chip; others have four
     try:
         described = topologies.get_topology_desc(
             f"{topology.chip.name}:{topology.slice_shape}", platform="tpu", **options
