@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from ssl_jax.conversation import as_prompt
 from ssl_jax.data.store import Prepared
 from ssl_jax.data.streams import Batches, Phase
 from ssl_jax.dialogue_model import DialogueModel
-from ssl_jax.errors import Preempted, TrainingDiverged
+from ssl_jax.errors import Preempted, TrainingDiverged, UserError
 from ssl_jax.evaluation import measure
 from ssl_jax.logbook import Logbook
 from ssl_jax.progress import Progress, Window
@@ -237,6 +237,7 @@ class Run:
     def _save(self, state: step.TrainState, progress: Progress, logbook: Logbook, metric: float | None = None) -> None:
         progress.seconds = logbook.elapsed()
         meta = {**progress.to_meta(), "scan_layers": self.shape.scan_layers, "seed": self.config.seed}
+        meta |= {"labeled_rows": self.plan.labeled_rows, "rows": self.plan.rows}
         self.checkpoints.save(int(state.step), _checkpoint_items(state), meta, metric=metric)
 
     def _hold_round(self, number: int, at: int, state: step.TrainState, progress: Progress, logbook: Logbook) -> None:
@@ -356,6 +357,8 @@ class Run:
         return DialogueModel(self.shape, params, self.prepared.tokenizer, self.mesh)
 
     def _restore(self, number: int) -> tuple[step.TrainState, Progress]:
+        meta = self.checkpoints.meta(number)
+        self._check_rows(meta)
         restored = self.checkpoints.restore(number, _checkpoint_items(self.programs.abstract_state))
         counters = restored["optimizer"]
         state = step.TrainState(
@@ -366,7 +369,23 @@ class Run:
             skipped=counters["skipped"],
             confidence=counters.get("confidence"),
         )
-        return state, Progress.from_meta(self.checkpoints.meta(number))
+        return state, Progress.from_meta(meta)
+
+    def _check_rows(self, meta: Mapping[str, Any]) -> None:
+        """Makes sure that a run goes on with the rows a step that it began with, whatever the devices.
+
+        Raises:
+          UserError: it would not.
+        """
+        shards, labeled = sharding.row_shards(self.mesh), meta.get("labeled_rows", self.plan.labeled_rows)
+        if (labeled, meta.get("rows", self.plan.rows)) == (self.plan.labeled_rows, self.plan.rows):
+            return
+        divides = labeled % shards == 0
+        way_out = f"set it to {labeled // shards}" if divides else f"use a number of devices that divides {labeled}"
+        raise UserError(
+            f"train.per_device_train_batch_size {self.config.train.per_device_train_batch_size} on {shards} devices "
+            f"gives {self.plan.labeled_rows} labeled rows a step, and the run has {labeled}; {way_out}"
+        )
 
     def _compilations(self) -> int:
         """How many programs the train step was compiled to: one, whatever the phases."""

@@ -11,6 +11,7 @@ Axes: B rows, T time, D width, H heads, K head width, S cache slots, L layers, V
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal

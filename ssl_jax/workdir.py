@@ -20,8 +20,24 @@ TOKENIZER = "tokenizer"
 DATA = "data.json"
 PLAN = "plan.json"
 
-# Fields that may differ when a run goes on: where things are, not what they are.
-FREE_FIELDS = ("workdir", "data.prepared_dir", "train.logging_steps", "train.save_total_limit")
+# Fields that may differ when a run goes on: where things are, and on how many devices, not what they are. Rows of a
+# device may, rows of a step may not, which whoever restores a checkpoint makes sure of.
+FREE_FIELDS = (
+    "workdir",
+    "data.prepared_dir",
+    "train.logging_steps",
+    "train.save_total_limit",
+    "train.per_device_train_batch_size",
+    "train.per_device_eval_batch_size",
+    "train.gradient_accumulation_steps",
+    "pseudo_labels.batch_size",
+    "model.remat",
+    "model.scan_unroll",
+    "model.attn_implementation",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
 
 
 def claim(directory: Path, config: Config) -> None:
