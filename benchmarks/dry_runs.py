@@ -35,6 +35,7 @@ class Options(Section):
     configs: str = Field(default="configs/hardware/*.yaml", description="Glob of configurations SIZE_HARDWARE.yaml.")
     plans: str = Field(default="runs/dry_runs", description="Folder for their plans.")
     results: str = Field(default="benchmarks/results", description="Folder for dry_runs.json.")
+    make: bool = Field(default=True, description="Make plans that are missing; else they are left out.")
     page: str = Field(default="docs/hardware.md", description="Whose table is replaced.")
 
 
@@ -45,16 +46,17 @@ def main(arguments: Sequence[str]) -> None:
     )
     plans = {}
     for path in sorted(Path().glob(options.configs)):
-        plans[path.stem] = plan(path, Path(options.plans) / path.stem)
-    results = Path(options.results) / "dry_runs.json"
-    files.write_json(results, {"provenance": provenance(), "plans": plans})
+        found = plan(path, Path(options.plans) / path.stem, options.make)
+        if found is not None:
+            plans[path.stem] = found
+    files.write_json(Path(options.results) / "dry_runs.json", {"provenance": provenance(), "plans": plans})
     text = markdown_table(HEADER, [row(name, found) for name, found in plans.items()])
     replace_section(Path(options.page), "hardware table", text)
     print(text)
 
 
-def plan(path: Path, directory: Path) -> dict[str, Any]:
-    """The plan of a configuration, as `plan.json` has it but for the sharding table.
+def plan(path: Path, directory: Path, make: bool) -> dict[str, Any] | None:
+    """The plan of a configuration, as `plan.json` has it but for the sharding table; None if it may not be made.
 
     Raises:
       UserError: it does not fit the hardware.
@@ -62,6 +64,8 @@ def plan(path: Path, directory: Path) -> dict[str, Any]:
     made, source = directory / "plan.json", directory / "config.txt"
     text = path.read_text(encoding="utf-8")
     if not made.is_file() or not source.is_file() or source.read_text(encoding="utf-8") != text:
+        if not make:
+            return None
         topology = topology_of(path.stem)
         print(f"{path}: --topology {topology}", flush=True)
         command = [sys.executable, "-m", "ssl_jax.train", "--config", str(path), "--topology", topology]

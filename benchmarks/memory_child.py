@@ -58,7 +58,7 @@ def naive(workload: Workload, steps: int) -> dict[str, Any]:
 
     from ssl_jax import losses
 
-    def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size):
+    def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, mesh):
         logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
         is_real_V = jnp.arange(embedding_VD.shape[0]) < vocab_size
         logits_BTV = jnp.where(is_real_V[None, None], logits_BTV, -jnp.inf)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from ssl_jax import sharding, splash
@@ -22,6 +23,8 @@ Implementation = Literal["einsum", "cudnn", "splash"]
 NEGATIVE = -1e30  # a finite "minus infinity": a row of padding keeps a finite softmax
 # Small blocks multiply fewer keys in vain; many of them take long to compile.
 SMALLEST_BLOCK, MOST_BLOCKS = 64, 8
+# What rematerialization by names keeps: outputs, and what a kernel keeps beside them to go back.
+NAME = splash.NAME
 # Bytes of scores above which a CPU goes through the rows one by one.
 LARGE = 2**25
 
@@ -102,6 +105,7 @@ def attend_causally(
     upcast: bool = False,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    numbers_B: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Attention of every token to itself and what stands before it in its segment, `[B, H, T, K]`.
@@ -121,6 +125,7 @@ def attend_causally(
       upcast: see `attend`.
       dropout_rate: of the probabilities; 0 switches it off.
       dropout_key: PRNG key where there is dropout.
+      numbers_B: int32, of the rows, which decide what each draws; None: their places.
       mesh: the devices that this runs on; None: one.
     """
     rows, heads, length, _ = query_BHTK.shape
@@ -130,18 +135,20 @@ def attend_causally(
         scaled_BHTK = (query_BHTK.astype(jnp.float32) * scale).astype(query_BHTK.dtype)
         return on_each_device(kernel, mesh, scaled_BHTK, key_BHTK, value_BHTK, segment_ids_BT)
     in_blocks = functools.partial(_attend_in_blocks, scale=scale, upcast=upcast, dropout_rate=dropout_rate)
+    numbers_B = jnp.arange(rows) if numbers_B is None else numbers_B
     is_large = 4 * rows * heads * length**2 > LARGE and rows > 1
     if not is_large or not _is_on_one_cpu(mesh):
-        return in_blocks(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, dropout_key)
+        context_BHTK = in_blocks(query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, dropout_key, numbers_B)
+        return checkpoint_name(context_BHTK, NAME)
 
     # XLA on CPU merges a recomputation with what it repeats, which keeps all scores after all; but not across loops.
     @jax.checkpoint
     def attend_row(row):
-        number, query, key, value, segment_ids = jax.tree.map(lambda array: array[None], row)
-        key_of_row = None if dropout_key is None else jax.random.fold_in(dropout_key, number[0])
-        return in_blocks(query, key, value, segment_ids, key_of_row)[0]
+        query, key, value, segment_ids, number = jax.tree.map(lambda array: array[None], row)
+        return in_blocks(query, key, value, segment_ids, dropout_key, number)[0]
 
-    return jax.lax.map(attend_row, (jnp.arange(rows), query_BHTK, key_BHTK, value_BHTK, segment_ids_BT))
+    context_BHTK = jax.lax.map(attend_row, (query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, numbers_B))
+    return checkpoint_name(context_BHTK, NAME)
 
 
 def on_each_device(
@@ -173,7 +180,7 @@ def _is_on_one_cpu(mesh: Mesh | None) -> bool:
 
 
 def _attend_in_blocks(
-    query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, dropout_key, *, scale, upcast, dropout_rate
+    query_BHTK, key_BHTK, value_BHTK, segment_ids_BT, dropout_key, numbers_B, *, scale, upcast, dropout_rate
 ) -> jax.Array:
     """`attend_causally` by `attend`, a block of queries at a time."""
     rows, heads, length, _ = query_BHTK.shape
@@ -181,7 +188,7 @@ def _attend_in_blocks(
     def attend_block(query_BHTK, key_BHSK, value_BHSK, segment_ids_BS, scale, key):
         block, stop = query_BHTK.shape[2], key_BHSK.shape[2]
         mask = segment_mask(segment_ids_BS, stop - block, stop)
-        keep_BHTS = keep_factors(key, (rows, heads, block, stop), dropout_rate) if dropout_rate else None
+        keep_BHTS = keep_factors(key, numbers_B, (rows, heads, block, stop), dropout_rate) if dropout_rate else None
         return attend(query_BHTK, key_BHSK, value_BHSK, mask, scale, upcast=upcast, keep_BHTS=keep_BHTS)
 
     contexts, size = [], max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))

@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 # A process that hears nothing of the others for so long ends.
 _HEARTBEAT_SECONDS = 30
-# Machines of one job may start minutes apart.
-_JOIN_SECONDS = 300.0
+# Machines of one job may start minutes apart; who is alone for longer than the first time hears why nothing happens.
+_HINT_SECONDS, _JOIN_SECONDS = 10.0, 300.0
 # How often a process that waits looks for a signal that it was sent.
 _LOOK_MILLISECONDS = 1000
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -192,11 +192,14 @@ def _connect(explicit: Mapping[str, Any]) -> None:
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
+    where = explicit.get("coordinator_address", "the address that the environment gives")
     deadline = time.monotonic() + _JOIN_SECONDS
+    thread.join(_HINT_SECONDS)
+    if thread.is_alive():
+        print(f"waiting up to {_JOIN_SECONDS:.0f} s for all processes of this run to come to {where}", file=sys.stderr)
     while thread.is_alive() and time.monotonic() < deadline:
         thread.join(_LOOK_MILLISECONDS / 1000)
     if thread.is_alive():
-        where = explicit.get("coordinator_address", "the address that the environment gives")
         raise Preempted(
             f"not all processes of this run have come to {where} in {_JOIN_SECONDS:.0f} s; "
             "run the same command on all of them; if they run, check the address and the number of processes"

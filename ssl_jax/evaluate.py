@@ -6,6 +6,8 @@ run or on files of labeled dialogues (`--data FILE`).
 
 `--workdir A --baseline B` compares two evaluations that are there: metrics of A minus those of B, with a bootstrap
 interval over dialogues. With `--oracle O` also how much of the way from B to O is gone by A.
+
+Started once on every host, as training is, it evaluates on all their devices; the first one prints and writes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ssl_jax import command_line, files, workdir
+from ssl_jax import agreement, command_line, distributed, files, workdir
 from ssl_jax.config import Data, Evaluation, ServedWeights, Source, TemplateName, Train
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import comparison
@@ -102,13 +104,16 @@ class Evaluate(ServedWeights):
 
 def main(arguments: Sequence[str]) -> None:
     """Evaluates or compares, prints and writes the result."""
-    command = command_line.parse(
-        Evaluate, arguments, program="python -m ssl_jax.evaluate", summary=(__doc__ or "").strip()
-    )
-    if command.baseline is not None:
-        _compare(command, command.workdir or "", command.baseline)
-    else:
+    with distributed.before_joining():
+        command = command_line.parse(
+            Evaluate, arguments, program="python -m ssl_jax.evaluate", summary=(__doc__ or "").strip()
+        )
+    distributed.join()
+    agreement.check(command.model_dump(mode="json"))
+    if command.baseline is None:
         _evaluate(command)
+    elif distributed.is_primary():
+        _compare(command, command.workdir or "", command.baseline)
 
 
 def _compare(command: Evaluate, directory: str, baseline: str) -> None:
@@ -132,16 +137,18 @@ def _evaluate(command: Evaluate) -> None:
     asked = command.model_dump(include=set(_AMOUNTS), exclude_none=True)
     settings = (Evaluation() if run is None else run.evaluation).model_copy(update=asked)
 
-    from ssl_jax import compilation_cache, loading
+    from ssl_jax import compilation_cache, loading, sharding
     from ssl_jax.evaluation import measure
 
     compilation_cache.enable()
     if command.data:
         dialogues = _from_files(command.data, Data() if run is None else run.data)
     else:
-        dialogues = _from_run(Path(command.workdir or ""), command.split)
+        directory = Path(command.workdir or "")
+        dialogues = distributed.primary_first("prepare the data", lambda: _from_run(directory, command.split))
     workdir_name = None if command.model else command.workdir
     model = loading.load_named(workdir_name, command.model, command.template, command.weights)
+    shards = 1 if model.mesh is None else sharding.row_shards(model.mesh)
     result = {
         "split": command.data or f"labeled_{command.split}",
         "model": command.model or command.workdir,
@@ -151,10 +158,12 @@ def _evaluate(command: Evaluate) -> None:
             list(model.tokenizer.encode_all(dialogues)),
             lambda index: dialogues[index][0],
             settings,
-            rows=(Train() if run is None else run.train).per_device_eval_batch_size,
+            rows=(Train() if run is None else run.train).per_device_eval_batch_size * shards,
             say=_say,
         ),
     }
+    if not distributed.is_primary():
+        return
     _print(metric_lines(command.split if command.data is None else "value", result["metrics"], result.get("human", {})))
     if "coherence" in result:
         _print(["", *coherence_lines(result["coherence"]), ""])
@@ -207,7 +216,8 @@ def _from_files(path: str, data: Data) -> list[tuple[Dialogue, int]]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if distributed.is_primary():
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

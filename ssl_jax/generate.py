@@ -1,7 +1,12 @@
-"""Answers prompts, or chats: `python -m ssl_jax.generate --workdir DIR --prompt TEXT [TEXT …] [--json]`."""
+"""Answers prompts, or chats: `python -m ssl_jax.generate --workdir DIR --prompt TEXT [TEXT …] [--json]`.
+
+Started once on every host, as training is, it draws on all their devices; the first one prints the replies.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import sys
@@ -10,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from ssl_jax import command_line
+from ssl_jax import agreement, command_line, distributed
 from ssl_jax.config import Reranking, Sampling, Served, ServedWeights
+from ssl_jax.errors import UserError
 
 if TYPE_CHECKING:
     from ssl_jax.conversation import Messages
@@ -50,10 +56,25 @@ class Generate(Sampling, Reranking, Served, ServedWeights):
 
 def main(arguments: Sequence[str]) -> None:
     """Loads the model and prints its replies."""
-    command = command_line.parse(
-        Generate, arguments, program="python -m ssl_jax.generate", summary=(__doc__ or "").strip()
-    )
+    with distributed.before_joining():
+        command = command_line.parse(
+            Generate, arguments, program="python -m ssl_jax.generate", summary=(__doc__ or "").strip()
+        )
+    distributed.join()
+    agreement.check(command.model_dump(mode="json"))
+    if command.chat and distributed.process_count() > 1:
+        raise UserError(
+            f"--chat reads the input of one process, and this is one of {distributed.process_count()}; "
+            "give --prompt, or start it on one host that has its devices to itself"
+        )
+    # The others take part in drawing, and have nothing to say.
+    silence = contextlib.nullcontext() if distributed.is_primary() else contextlib.redirect_stdout(io.StringIO())
+    with silence:
+        _generate(command)
 
+
+def _generate(command: Generate) -> None:
+    """Loads the model and answers."""
     from ssl_jax import compilation_cache, loading
     from ssl_jax.conversation import as_prompt
 
@@ -86,7 +107,7 @@ def _answer(model: DialogueModel, prompts: Sequence[Dialogue], options: dict[str
         reranking=Reranking.model_validate(command.model_dump(include=set(Reranking.model_fields))),
     )
     for text, replies in zip(command.prompt, drawn, strict=True):
-        if replies[0].dropped_tokens:
+        if replies[0].dropped_tokens and distributed.is_primary():
             print(f"note: {describe_dropped(replies[0].dropped_turns, replies[0].dropped_tokens)}", file=sys.stderr)
         if not command.json_lines and len(drawn) > 1:
             print(f"> {text}")

@@ -53,11 +53,24 @@ def load_named(
     template: TemplateName | Literal["auto"] = "auto",
     weights: config.Weights = "auto",
 ) -> DialogueModel:
-    """The model that a command's `--workdir` or `--model` names; exactly one of them does."""
+    """The model that a command's `--workdir` or `--model` names; exactly one of them does.
+
+    It lies on one device or, where several processes ask together, on all of theirs: as the run's mesh says if that
+    fits them, else with a copy on each.
+    """
+    mesh = _mesh_of_all(workdir_name) if jax.process_count() > 1 else None
     if workdir_name is not None:
-        return _with_weights(load_checkpoint(Path(workdir_name)), weights)
+        return _with_weights(load_checkpoint(Path(workdir_name), mesh=mesh), weights)
     assert model_name is not None
-    return load(model_name, template=template, weights=weights)
+    return load(model_name, template=template, weights=weights, mesh=mesh)
+
+
+def _mesh_of_all(workdir_name: str | None) -> jax.sharding.Mesh:
+    settings = config.Mesh() if workdir_name is None else workdir.read_config(Path(workdir_name)).mesh
+    try:
+        return sharding.make_mesh(settings)
+    except UserError:
+        return sharding.make_mesh(config.Mesh())
 
 
 def load_checkpoint(

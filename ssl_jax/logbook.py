@@ -321,9 +321,9 @@ def format_count(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`45 s`, `4 min`, `3.2 h`."""
+    """`0.02 s`, `45 s`, `4 min`, `3.2 h`."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 1 or not seconds else f"{seconds:.1g} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 

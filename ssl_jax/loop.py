@@ -147,8 +147,7 @@ class Run:
             streams,
             objectives.STREAM_IDS,
             sequence_length=self.config.train.sequence_length,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.mesh, self.plan.rows),
         )
         logbook.phase("train", ", ".join(f"{count} {name}" for name, count in phase.rows) + " rows a step")
         train, window = self.config.train, Window(progress.unlogged)

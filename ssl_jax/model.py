@@ -28,12 +28,13 @@ from ssl_jax.errors import UserError
 
 Params = dict[str, Any]
 
-# What a block keeps for its backward pass. `names`: what attention reads and gives, five widths a token, spares the
-# kernel and the largest product next to the feed-forward layer's; `dots` keeps all products, nine widths, but not
-# attention.
+# What a block keeps for its backward pass, beside its argument. Every product of a block takes as many operations for a
+# width of its result, so `names` keeps what spares the most beside them, and little: what attention reads and gives,
+# four widths a token; it recomputes 5 of 12 products, and attention never. `dots` keeps all products, nine widths, but
+# not attention.
 _POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attention"),
+    "names": jax.checkpoint_policies.save_only_these_names("qkv", attention.NAME),
     "full": None,
 }
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -173,7 +174,7 @@ def init(model: GPT2, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, 8), jnp.int32)
     # Parameters depend neither on where they will lie nor on a kernel that may not be there.
     model = dataclasses.replace(model, mesh=None, attn_implementation="einsum")
-    return dict(_Transformer(model).init(key, tokens, tokens, tokens)["params"])
+    return dict(_Transformer(model).init(key, tokens, tokens, tokens, tokens[:, 0])["params"])
 
 
 def forward(
@@ -183,6 +184,7 @@ def forward(
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
     dropout_key: jax.Array | None = None,
+    numbers_B: jax.Array | None = None,
 ) -> jax.Array:
     """Final hidden states `[B, T, D]` of packed rows; attention is causal and stays within a segment.
 
@@ -193,10 +195,13 @@ def forward(
       positions_BT: int32 position of each token in its own segment.
       segment_ids_BT: int32; 0 is padding.
       dropout_key: PRNG key for training; None switches dropout off.
+      numbers_B: int32, of the rows, which decide what each draws (`dropout.row_keys`); None: their places.
     """
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     transformer = _Transformer(model, deterministic=dropout_key is None)
-    hidden_BTD: Any = transformer.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, rngs=rngs)
+    numbers_B = jnp.arange(tokens_BT.shape[0]) if numbers_B is None else numbers_B
+    arrays = (tokens_BT, positions_BT, segment_ids_BT, numbers_B)
+    hidden_BTD: Any = transformer.apply({"params": params}, *arrays, rngs=rngs)
     return hidden_BTD
 
 
@@ -332,7 +337,9 @@ def _run_layers(model, layers, tokens_BT, positions_BT, attend_for) -> tuple[jax
     return x_BTD, tuple(cache)
 
 
-def _attend_causally(model, layer, query, key, value, segment_ids_BT, dropout_rate=0.0, dropout_key=None) -> jax.Array:
+def _attend_causally(
+    model, layer, query, key, value, segment_ids_BT, dropout_rate=0.0, dropout_key=None, numbers_B=None
+) -> jax.Array:
     """Attention as this model's layer does it."""
     return attention.attend_causally(
         query,
@@ -344,6 +351,7 @@ def _attend_causally(model, layer, query, key, value, segment_ids_BT, dropout_ra
         upcast=model.reorder_and_upcast_attn,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
+        numbers_B=numbers_B,
         mesh=model.mesh,
     )
 
@@ -366,9 +374,11 @@ def _by_row(model: GPT2, x_BTD: jax.Array) -> jax.Array:
     return _constrain(model, x_BTD, *sharding.BATCH)
 
 
-def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Zeroes a fraction `rate` of `x` and scales up the rest."""
-    return x * keep_factors(module.make_rng("dropout"), x.shape, rate).astype(x.dtype) if rate else x
+def _dropout(module: nn.Module, x: jax.Array, rate: float, numbers_B: jax.Array | None) -> jax.Array:
+    """Zeroes a fraction `rate` of `x` and scales up the rest; the rows' numbers are needed where there is a rate."""
+    if not rate or numbers_B is None:
+        return x
+    return x * keep_factors(module.make_rng("dropout"), numbers_B, x.shape, rate).astype(x.dtype)
 
 
 def _quantized(module: nn.Module, name: str) -> products.Int8 | None:
@@ -414,8 +424,8 @@ class _Dense(nn.Module):
         if not self.groups:
             stored = tuple(axis or "fsdp" for axis in axes)
             return x @ _gathered(model.mesh, stored, axes, kernel) + bias
-        # Columns of one head lie in as many places as there are groups, so that they are told apart before they move.
-        kernel = kernel.reshape(x.shape[-1], *self.groups)
+        # Columns of a head lie in as many places as there are groups: heads are cut where all columns are there.
+        kernel = _constrain(model, kernel, "fsdp", None).reshape(x.shape[-1], *self.groups)
         kernel = _gathered(model.mesh, ("fsdp", None, "tensor", None), (None, None, "tensor", None), kernel)
         return jnp.einsum("btd,dghk->btghk", x, kernel) + bias.reshape(self.groups)
 
@@ -426,7 +436,9 @@ def _gathered(mesh: Any, stored: tuple[str | None, ...], used: tuple[str | None,
 
     Its gradient goes to where the weight lies: devices get the sum of their part, not all of it.
     """
-    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec(*used)))
+    for axes in (stored, used):
+        weight = jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec(*axes)))
+    return weight
 
 
 def _gathered_forward(mesh, stored, used, weight):
@@ -486,7 +498,30 @@ class _Table(nn.Module):
         initializer = nn.initializers.normal(model.initializer_range)
         embedding = self.param("embedding", initializer, (self.rows, model.n_embd), model.param_dtype)
         # In this order gradients of short types add up in the parameters' own.
-        return embedding[ids_BT].astype(model.dtype)
+        if model.mesh is None or model.mesh.size == 1 or ids_BT.shape[0] % sharding.row_shards(model.mesh):
+            return embedding[ids_BT].astype(model.dtype)
+        return self._spread(model.mesh, embedding, ids_BT)
+
+    def _spread(self, mesh: jax.sharding.Mesh, embedding: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        """The rows on several devices: each looks into the part of the table that it has, widths cut over fsdp.
+
+        Left to the compiler, a large table's gradient takes the activations of all rows on every device.
+        """
+        table = sharding.partition_spec((self.name, "embedding"), 2)
+        is_cut = table[0] is not None
+
+        def look_up(part_VD, ids_BT):
+            if not is_cut:
+                return part_VD[ids_BT].astype(self.model.dtype)
+            places_BT = ids_BT - jax.lax.axis_index("tensor") * part_VD.shape[0]
+            is_here_BT = (places_BT >= 0) & (places_BT < part_VD.shape[0])
+            found_BTD = part_VD[jnp.where(is_here_BT, places_BT, 0)].astype(self.model.dtype)
+            return jax.lax.psum(jnp.where(is_here_BT[..., None], found_BTD, 0), "tensor")
+
+        # Numbers of tokens go to the devices that share a table; what they find comes back once it is added up.
+        rows = PartitionSpec("data")
+        found = PartitionSpec("data", None, "fsdp")
+        return jax.shard_map(look_up, mesh=mesh, in_specs=(table, rows), out_specs=found)(embedding, ids_BT)
 
 
 class _Block(nn.Module):
@@ -496,7 +531,7 @@ class _Block(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, attend: Attend, numbers_B: jax.Array | None = None) -> tuple[jax.Array, Any]:
         model = self.model
         rows, length, width = x_BTD.shape
         residual_scale = (2 * model.n_layer) ** -0.5
@@ -507,16 +542,16 @@ class _Block(nn.Module):
         qkv = _Dense(model, 3 * width, groups=groups, name="attn_c_attn")(normal)
         heads = checkpoint_name(qkv, "qkv").transpose(2, 0, 3, 1, 4)
         context_BHTK, extra = attend(heads[0], heads[1], heads[2])
-        context = checkpoint_name(context_BHTK.transpose(0, 2, 1, 3).reshape(rows, length, width), "attention")
+        context = context_BHTK.transpose(0, 2, 1, 3).reshape(rows, length, width)
         projected = _Dense(model, width, residual_scale, ("tensor", None), name="attn_c_proj")(context)
-        x_BTD = _by_row(model, x_BTD + _dropout(self, projected, drop))
+        x_BTD = _by_row(model, x_BTD + _dropout(self, projected, drop, numbers_B))
 
         normal = _LayerNorm(model, name="ln_2")(x_BTD)
         # Of all that the activation computes, the backward pass gets its argument: the rest is cheaper than memory.
         activation = jax.checkpoint(ACTIVATIONS[model.activation_function])
         inner = activation(_Dense(model, model.n_inner, name="mlp_c_fc")(normal))
         projected = _Dense(model, width, residual_scale, ("tensor", None), name="mlp_c_proj")(inner)
-        return _by_row(model, x_BTD + _dropout(self, projected, drop)), extra
+        return _by_row(model, x_BTD + _dropout(self, projected, drop, numbers_B)), extra
 
 
 class _TrainBlock(nn.Module):
@@ -526,17 +561,20 @@ class _TrainBlock(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, layer: int | jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, numbers_B: jax.Array, layer: int | jax.Array
+    ) -> tuple[jax.Array, None]:
         model = self.model
         rate = 0.0 if self.deterministic else model.attn_pdrop
         dropout_key = self.make_rng("dropout") if rate else None
 
         def attend(query, key, value):
-            return _attend_causally(model, layer, query, key, value, segment_ids_BT, rate, dropout_key), None
+            context = _attend_causally(model, layer, query, key, value, segment_ids_BT, rate, dropout_key, numbers_B)
+            return context, None
 
         # The block's parameters sit beside, not below, this wrapper: one layout for training and decoding.
         block = _Block(model, self.deterministic)
-        return nn.share_scope(self, block) or block(x_BTD, attend)
+        return nn.share_scope(self, block) or block(x_BTD, attend, numbers_B)
 
 
 class _Transformer(nn.Module):
@@ -546,13 +584,15 @@ class _Transformer(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, numbers_B: jax.Array
+    ) -> jax.Array:
         model = self.model
         embed = _Embed(model)
         nn.share_scope(self, embed)
         x_BTD = embed(tokens_BT, positions_BT)
         if not self.deterministic:
-            x_BTD = _dropout(self, x_BTD, model.embd_pdrop)
+            x_BTD = _dropout(self, x_BTD, model.embd_pdrop, numbers_B)
         if not model.tie_word_embeddings:
             _Table(model, model.padded_vocab_size, name="lm_head")(tokens_BT)  # made here, read by `output_embedding`
         block: Any = _TrainBlock
@@ -564,13 +604,14 @@ class _Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+                in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=model.n_layer,
                 unroll=model.scan_unroll,
             )
-            x_BTD, _ = scanned(model, self.deterministic, name="h")(x_BTD, segment_ids_BT, jnp.arange(model.n_layer))
+            layers = jnp.arange(model.n_layer)
+            x_BTD, _ = scanned(model, self.deterministic, name="h")(x_BTD, segment_ids_BT, numbers_B, layers)
         else:
-            x_BTD, _ = _Blocks(model, self.deterministic, block, name="h")(x_BTD, segment_ids_BT)
+            x_BTD, _ = _Blocks(model, self.deterministic, block, name="h")(x_BTD, segment_ids_BT, numbers_B)
         return _LayerNorm(model, name="ln_f")(x_BTD)
 
 
@@ -582,7 +623,9 @@ class _Blocks(nn.Module):
     block: Any
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, numbers_B: jax.Array) -> tuple[jax.Array, None]:
         for layer in range(self.model.n_layer):
-            x_BTD, _ = self.block(self.model, self.deterministic, name=str(layer))(x_BTD, segment_ids_BT, layer)
+            x_BTD, _ = self.block(self.model, self.deterministic, name=str(layer))(
+                x_BTD, segment_ids_BT, numbers_B, layer
+            )
         return x_BTD, None

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax import config
+from ssl_jax.dropout import row_keys
 
 NAMES = ("supervised", "lm", "pseudo", "back_translation", "backward")
 """The objective of each stream, in the order of the numbers in a batch's `stream` array."""
@@ -83,15 +84,26 @@ def soft_weights(
 
 
 def replace_tokens(
-    key: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array, rate: float, vocab_size: int
+    key: jax.Array,
+    numbers_B: jax.Array,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    rate: float,
+    vocab_size: int,
 ) -> jax.Array:
     """Replaces a fraction of the input tokens by uniformly drawn ones; targets and padding stay.
+
+    What is drawn for a row follows from its number, as in `dropout`.
 
     Random-token replacement regularizes language models that see their data many times (arXiv 2606.16246).
     """
     if rate == 0.0:
         return tokens_BT
-    chosen_key, drawn_key = jax.random.split(key)
-    chosen = jax.random.bernoulli(chosen_key, rate, tokens_BT.shape) & (segment_ids_BT > 0)
-    drawn = jax.random.randint(drawn_key, tokens_BT.shape, 0, vocab_size, tokens_BT.dtype)
-    return jnp.where(chosen, drawn, tokens_BT)
+
+    def draw(key):
+        chosen_key, drawn_key = jax.random.split(key)
+        chosen_T = jax.random.bernoulli(chosen_key, rate, tokens_BT.shape[1:])
+        return chosen_T, jax.random.randint(drawn_key, tokens_BT.shape[1:], 0, vocab_size, tokens_BT.dtype)
+
+    chosen_BT, drawn_BT = jax.vmap(draw)(row_keys(key, numbers_B))
+    return jnp.where(chosen_BT & (segment_ids_BT > 0), drawn_BT, tokens_BT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,27 +39,28 @@ def mesh_shape(settings: config.Mesh, device_count: int) -> dict[str, int]:
       UserError: the sizes do not multiply to the number of devices.
     """
     sizes = {axis: getattr(settings, axis) for axis in AXES}
-    known = int(np.prod([size for size in sizes.values() if size > 0]))
-    for axis, size in sizes.items():
-        if size == -1:
-            sizes[axis] = max(1, device_count // known)
-    if int(np.prod(list(sizes.values()))) != device_count:
-        wanted = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
-        raise UserError(f"mesh: {wanted} does not use {device_count} device(s) exactly; set one size to -1")
-    return sizes
+    known = math.prod(size for size in sizes.values() if size > 0)
+    divides, wanted = device_count % known == 0, " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if not divides or (known < device_count and -1 not in sizes.values()):
+        fix = "set one size to -1, the rest" if divides else f"set sizes whose product divides {device_count}"
+        raise UserError(f"mesh: {wanted} does not use {device_count} device(s) exactly; {fix}")
+    return {axis: device_count // known if size == -1 else size for axis, size in sizes.items()}
 
 
 def make_mesh(settings: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (all by default) with axes data, fsdp, tensor.
 
-    Neighbors on an axis are neighbors in the machine. Slices, between which sending is slow, divide the data axis.
+    Neighbors on an axis are neighbors in the machine. Slices of TPUs, between which sending is slow, divide the data
+    axis. GPUs are taken in their order, host by host, so that an axis leaves a host only if it does not fit into one,
+    tensor last.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(settings, len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # GPUs have slices too: their hosts.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if shape["data"] % slices:
         raise UserError(
             f"mesh.data {shape['data']} is not a multiple of the {slices} slices, between which only gradients may "
@@ -75,6 +77,28 @@ def make_mesh(settings: config.Mesh, devices: Sequence[Any] | None = None) -> Me
 def row_shards(mesh: Mesh) -> int:
     """How many devices see different rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def local_rows(mesh: Mesh, total: int, process_index: int | None = None) -> np.ndarray:
+    """Which of the `total` rows of a global batch the devices of a process hold, int64, rising.
+
+    They need not follow one another: neighbors on an axis of the mesh may belong to different hosts. Processes whose
+    devices share rows (tensor) have the same ones.
+
+    Args:
+      mesh: of devices of all processes.
+      total: a multiple of `row_shards`.
+      process_index: this process by default.
+    """
+    is_here = _shards_here(mesh, jax.process_index() if process_index is None else process_index)
+    return np.flatnonzero(np.repeat(is_here, total // len(is_here)))
+
+
+@functools.lru_cache
+def _shards_here(mesh: Mesh, process_index: int) -> tuple[bool, ...]:
+    """Whether a process has a device of each of the `row_shards`."""
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    return tuple(any(device.process_index == process_index for device in shard) for shard in shards)
 
 
 def partition_spec(path: tuple[Any, ...], ndim: int) -> PartitionSpec:
@@ -99,10 +123,15 @@ def shard_params(abstract_params: Any, mesh: Mesh) -> Any:
 
     def place(path, leaf):
         spec = partition_spec(path, leaf.ndim)
-        for size, axis in zip(leaf.shape, spec, strict=True):
+        for number, (size, axis) in enumerate(zip(leaf.shape, spec, strict=True)):
             if axis is not None and size % mesh.shape[axis]:
                 name = "/".join(str(key.key) for key in path)
-                raise UserError(f"mesh.{axis} {mesh.shape[axis]} does not divide {name} of shape {leaf.shape}")
+                vocabulary = number == 0 and name.split("/")[0] in ("wte", "lm_head")
+                fix = f"model.vocab_multiple to a multiple of {mesh.shape[axis]}, or it" if vocabulary else "it"
+                raise UserError(
+                    f"mesh.{axis} {mesh.shape[axis]} does not divide {name} of shape {leaf.shape}; set {fix} to a "
+                    f"divisor of {size}"
+                )
         return NamedSharding(mesh, spec)
 
     return jax.tree.map_with_path(place, abstract_params)
@@ -188,9 +217,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Places this process's rows as its part of the global batch, rows over data and fsdp."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in rows.items()}
+    """Places this process's rows, those of `local_rows`, where they belong in the global batch."""
+    sharding, shards = NamedSharding(mesh, BATCH), row_shards(mesh)
+    count = len(next(iter(rows.values())))
+    total = count * shards // len(local_rows(mesh, shards))
+    numbers = local_rows(mesh, total)
+
+    def place(array: np.ndarray) -> jax.Array:
+        shape = (total, *array.shape[1:])
+        slices = {device: index[0] for device, index in sharding.addressable_devices_indices_map(shape).items()}
+        parts = [array[slice(*np.searchsorted(numbers, one.indices(total)[:2]))] for one in slices.values()]
+        placed = jax.device_put(parts, list(slices))
+        return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+    return {name: place(array) for name, array in rows.items()}
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

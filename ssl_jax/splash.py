@@ -9,6 +9,8 @@ import jax
 # The kernel works on tiles of so many tokens; queries and keys of larger blocks wait less for memory.
 LANES = 128
 _LARGEST_BLOCK = 512
+# Of the outputs and the sums of every row of scores, which the backward pass reads, for rematerialization.
+NAME = "attention"
 
 
 def fits(length: int) -> bool:
@@ -57,7 +59,6 @@ def _kernel(heads: int, length: int, interpret: bool) -> Any:
             block_q_dq=size,
             block_kv_dq=size,
         ),
-        # Rematerialization by names keeps what the backward pass reads: outputs, and the sums of every row of scores.
-        residual_checkpoint_name="attention",
+        residual_checkpoint_name=NAME,
         interpret=interpret,
     )

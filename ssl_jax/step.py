@@ -207,11 +207,18 @@ def _gradients(
 
     The factors already hold the global means' denominators, so micro-batches simply add up.
     """
+    # A row's place in the whole batch decides what is drawn for it.
+    batch = {**batch, "number": jnp.arange(batch["stream"].shape[0])}
 
-    def loss_of(params, batch, key):
+    def loss_of(params, batch):
         replace_key, dropout_key = jax.random.split(key)
         tokens = objectives.replace_tokens(
-            replace_key, batch["tokens"], batch["segment_ids"], settings.token_replacement, shape.vocab_size
+            replace_key,
+            batch["number"],
+            batch["tokens"],
+            batch["segment_ids"],
+            settings.token_replacement,
+            shape.vocab_size,
         )
         fed = {**batch, "fed": tokens}
         teaching = settings.teaching and settings.teaching.of_micro_batches(settings.accumulation)
@@ -220,7 +227,7 @@ def _gradients(
 
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
     if settings.accumulation == 1:
-        (_, sums), gradients = gradient_of(state.params, batch, key)
+        (_, sums), gradients = gradient_of(state.params, batch)
         return gradients, sums
 
     # Rows r, r + A, … form micro-batch r: every device keeps its own rows, whatever the accumulation.
@@ -228,12 +235,11 @@ def _gradients(
         lambda array: jnp.moveaxis(array.reshape(-1, settings.accumulation, *array.shape[1:]), 1, 0), dict(batch)
     )
 
-    def add(carry, xs):
-        micro_batch, number = xs
-        (_, sums), gradients = gradient_of(state.params, micro_batch, jax.random.fold_in(key, number))
+    def add(carry, micro_batch):
+        (_, sums), gradients = gradient_of(state.params, micro_batch)
         return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params)
     start = (zero, terms.Sums.zero(len(objectives.NAMES)))
-    (gradients, sums), _ = jax.lax.scan(add, start, (micro, jnp.arange(settings.accumulation)))
+    (gradients, sums), _ = jax.lax.scan(add, start, micro)
     return gradients, sums

@@ -83,8 +83,9 @@ def total(
     Args:
       shape: the student.
       params: its parameters, in which the loss is differentiable.
-      batch: as `step` has it, with `fed` (the tokens that the student reads; teachers read `tokens`), `factors`
-        (weights of the targets) and, with teachers, `soft_factors` (weights of their labels), `[B, T]`.
+      batch: as `step` has it, with `number` `[B]` (int32, of each row, which decides what dropout draws for it), `fed`
+        (the tokens that the student reads; teachers read `tokens`), `factors` (weights of the targets) and, with
+        teachers, `soft_factors` (weights of their labels), `[B, T]`.
       dropout_key: PRNG key.
       r_drop: weight of the divergence; 0: one pass.
       teaching: what the teachers do, or None.
@@ -96,7 +97,10 @@ def total(
     if passes > 1:
         batch = {name: jnp.repeat(array, passes, axis=0) for name, array in batch.items()}
         batch |= {name: batch[name] / passes for name in ("factors", "soft_factors", "loss_weights") if name in batch}
-    hidden = model.forward(shape, params, batch["fed"], batch["positions"], batch["segment_ids"], dropout_key)
+        batch["number"] = batch["number"] * passes + jnp.arange(rows) % passes
+    hidden = model.forward(
+        shape, params, batch["fed"], batch["positions"], batch["segment_ids"], dropout_key, batch["number"]
+    )
     embedding = model.output_embedding(params, hidden.dtype)
 
     taught = 0 if teaching is None else min(rows, passes * teaching.rows)

@@ -25,7 +25,15 @@ class Ended:
 
     def said(self) -> list[str]:
         """All lines but those that Gloo writes of its own accord."""
-        return [line for line in (self.stdout + self.stderr).splitlines() if "[Gloo]" not in line]
+        return self.printed() + _without_gloo(self.stderr)
+
+    def printed(self) -> list[str]:
+        """What of `said` is on stdout."""
+        return _without_gloo(self.stdout)
+
+
+def _without_gloo(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "[Gloo]" not in line]
 
 
 class Group:

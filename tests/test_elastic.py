@@ -47,7 +47,7 @@ PROGRAM = """
         batches = Batches(
             next(run._phases(newest)), run.streams, objectives.STREAM_IDS,
             sequence_length=config.train.sequence_length,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            rows=sharding.local_rows(run.mesh, run.plan.rows),
         )
         steps = [
             [

@@ -44,7 +44,7 @@ PROGRAM = """
         case "late":
             after_step, loop.SharedSignals.after_step = loop.SharedSignals.after_step, late
         case "impatient":
-            distributed._JOIN_SECONDS = 2.0
+            distributed._HINT_SECONDS = distributed._JOIN_SECONDS = 2.0
     command_line.run(train.main)
 """
 

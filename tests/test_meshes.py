@@ -86,12 +86,17 @@ def test_micro_batches_give_the_run_of_whole_batches(folder: Path, alone: Path) 
 
 
 def compare(run: Path, alone: Path) -> None:
-    """Every logged figure within 2e-5, and the same texts that the teacher made up."""
+    """Every logged figure within 2e-5, and the same texts that the teacher made up.
+
+    The teacher, an average of the student, is almost the student at first: a divergence of 4e-4 nats. It is the
+    difference of logarithms that float32 knows to 5e-7, so that its own last digits are rounding, whatever the mesh.
+    """
     ours, theirs = tiny.metrics(run), tiny.metrics(alone)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     for line, other in zip(ours, theirs, strict=True):
         for name, value in line.items():
-            np.testing.assert_allclose(value, other[name], rtol=2e-5, err_msg=f"{name} of step {line['step']}")
+            what, nats = f"{name} of step {line['step']}", 1e-7 if name == "loss/distillation" else 0.0
+            np.testing.assert_allclose(value, other[name], rtol=2e-5, atol=nats, err_msg=what)
     for kind in ("pseudo_labels", "back_translations"):
         summaries = [json.loads((one / kind / "round_0/summary.json").read_text()) for one in (run, alone)]
         assert summaries[0]["accepted"] == summaries[1]["accepted"] > 0

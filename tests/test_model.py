@@ -202,7 +202,7 @@ class Probe(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return model._dropout(self, x, self.rate)
+        return model._dropout(self, x, self.rate, jnp.arange(x.shape[0]))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -229,6 +229,21 @@ def test_each_dropout_acts_with_a_key_and_only_then(params, field):
     assert np.array_equal(one, again) and np.any(one != other) and np.any(one != without)
 
 
+def test_what_a_row_draws_follows_from_its_number_whatever_is_computed_with_it(params, monkeypatch):
+    """Also where a CPU attends to the rows of a large batch one by one."""
+    shape = dataclasses.replace(SHAPE, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
+    rows = [jnp.tile(array, (4, 1)) for array in packed(*SEGMENTS)]
+    whole = np.asarray(forward(shape, params, *rows, jax.random.key(0)))
+    assert np.any(whole[0] != whole[2])  # equal rows, different draws
+    numbers = jnp.array([2, 0])
+    part = [array[:2] for array in rows]
+    found = np.asarray(forward(shape, params, *part, jax.random.key(0), numbers))
+    np.testing.assert_allclose(found, whole[[2, 0]], rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(attention, "LARGE", 0)
+    one_by_one = np.asarray(model.forward(shape, params, *part, jax.random.key(0), numbers))
+    np.testing.assert_allclose(one_by_one, whole[[2, 0]], rtol=1e-5, atol=1e-6)
+
+
 def test_layers_draw_different_dropout(params):
     """With residual projections that add 1 to everything, each element's kept count shows both layers' draws."""
     shape = dataclasses.replace(SHAPE, resid_pdrop=0.5)
@@ -237,21 +252,22 @@ def test_layers_draw_different_dropout(params):
 
     class Stack(nn.Module):
         @nn.compact
-        def __call__(self, x, segment_ids, layers):
+        def __call__(self, x, segment_ids, numbers, layers):
             scan: Any = nn.scan
             stack = scan(
                 model._TrainBlock,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0),
+                in_axes=(nn.broadcast, nn.broadcast, 0),
                 length=2,
             )
-            return stack(shape, False, name="h")(x, segment_ids, layers)[0]
+            return stack(shape, False, name="h")(x, segment_ids, numbers, layers)[0]
 
     sums: Any = Stack().apply(
         {"params": {"h": blocks}},
         jnp.zeros((4, 16, 16)),
         jnp.ones((4, 16), jnp.int32),
+        jnp.arange(4),
         jnp.arange(2),
         rngs={"dropout": jax.random.key(0)},
     )

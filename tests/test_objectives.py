@@ -97,7 +97,7 @@ def test_sums_belong_to_the_objective_of_their_row():
 def test_token_replacement_has_its_rate_and_leaves_padding_alone():
     tokens = jnp.full((200, 100), 7)
     segment_ids = jnp.tile(jnp.where(jnp.arange(100) < 80, 1, 0)[None], (200, 1))
-    replaced = objectives.replace_tokens(jax.random.key(0), tokens, segment_ids, 0.15, 50)
+    replaced = objectives.replace_tokens(jax.random.key(0), jnp.arange(200), tokens, segment_ids, 0.15, 50)
     changed = np.asarray(replaced) != 7
     assert not changed[:, 80:].any()
     # A drawn token is the old one in 1 of 50 cases; 16 000 draws have a standard deviation of 0.0028.
@@ -109,6 +109,14 @@ def test_token_replacement_has_its_rate_and_leaves_padding_alone():
 
 def test_rate_zero_replaces_nothing_and_another_key_replaces_others():
     tokens, segment_ids = jnp.full((4, 50), 7), jnp.ones((4, 50), jnp.int32)
-    assert objectives.replace_tokens(jax.random.key(0), tokens, segment_ids, 0.0, 50) is tokens
-    one, other = (objectives.replace_tokens(jax.random.key(s), tokens, segment_ids, 0.5, 50) for s in (0, 1))
-    assert np.any(np.asarray(one) != np.asarray(other))
+    assert objectives.replace_tokens(jax.random.key(0), jnp.arange(4), tokens, segment_ids, 0.0, 50) is tokens
+
+    def replaced(seed, *numbers):
+        rows = len(numbers)
+        key = jax.random.key(seed)
+        return np.asarray(
+            objectives.replace_tokens(key, jnp.array(numbers), tokens[:rows], segment_ids[:rows], 0.5, 50)
+        )
+
+    assert np.any(replaced(0, 0, 1, 2, 3) != replaced(1, 0, 1, 2, 3))
+    assert np.array_equal(replaced(0, 0, 1, 2, 3)[[3, 1]], replaced(0, 3, 1)), "a row draws by its number"

@@ -1,5 +1,6 @@
 """Every parameter has a place on the mesh, and a mesh that does not fit says so."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 from typing import Any
@@ -86,11 +87,14 @@ def test_a_parameter_without_a_rule_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "padded", "axis", "name"),
-    [((1, 3, 1), 63, "fsdp", "h/attn_c_attn/kernel"), ((1, 1, 2), 61, "tensor", "wte/embedding")],
+    ("sizes", "padded", "axis", "name", "fix"),
+    [
+        ((1, 3, 1), 63, "fsdp", "h/attn_c_attn/kernel", "set it to a divisor of 16"),
+        ((1, 1, 2), 61, "tensor", "wte/embedding", "model.vocab_multiple to a multiple of 2, or it to a divisor of 61"),
+    ],
 )
-def test_an_axis_that_does_not_divide_a_parameter_is_named(sizes, padded, axis, name):
-    with pytest.raises(UserError, match=rf"mesh\.{axis} {max(sizes)} does not divide {name} of shape"):
+def test_an_axis_that_does_not_divide_a_parameter_is_named(sizes, padded, axis, name, fix):
+    with pytest.raises(UserError, match=rf"mesh\.{axis} {max(sizes)} does not divide {name} of shape .*{fix}"):
         sharding.shard_params(abstract_params(shape(padded_vocab_size=padded)), mesh(*sizes))
 
 
@@ -161,7 +165,47 @@ def test_batch_arrives_on_the_mesh_unchanged():
     assert real.axis_names == sharding.AXES
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spread:
+    """A mesh of devices that belong to these processes, in the order of the mesh."""
+
+    processes: tuple[int, ...]
+    sizes: tuple[int, int, int]
+
+    @property
+    def shape(self):
+        return dict(zip(sharding.AXES, self.sizes, strict=True))
+
+    @property
+    def devices(self):
+        return np.array([SimpleNamespace(process_index=one) for one in self.processes], object).reshape(self.sizes)
+
+
+@pytest.mark.parametrize(
+    ("processes", "sizes", "rows"),
+    [
+        ((0, 0, 1, 1), (4, 1, 1), ([0, 1, 2, 3], [4, 5, 6, 7])),
+        ((0, 1, 1, 0), (1, 4, 1), ([0, 1, 6, 7], [2, 3, 4, 5])),  # as TPUs of two hosts lie in a ring
+        ((0, 0, 1, 1), (2, 1, 2), ([0, 1, 2, 3], [4, 5, 6, 7])),
+        ((0, 1, 0, 1), (2, 1, 2), (list(range(8)), list(range(8)))),  # the hosts share every row
+        ((0, 1, 0, 1), (1, 2, 2), (list(range(8)), list(range(8)))),
+    ],
+)
+def test_a_process_reads_the_rows_that_its_devices_hold_wherever_they_lie(processes, sizes, rows):
+    mesh: Any = Spread(processes, sizes)
+    for process, expected in enumerate(rows):
+        assert sharding.local_rows(mesh, 8, process).tolist() == expected
+
+
+def test_rows_of_this_process_arrive_on_the_mesh_unchanged():
+    real = sharding.make_mesh(config.Mesh())
+    rows = {"tokens": np.arange(12, dtype=np.int32).reshape(4, 3), "stream": np.arange(4, dtype=np.int32)}
+    for name, placed in sharding.put_rows(rows, real).items():
+        np.testing.assert_array_equal(placed, rows[name])
+        assert placed.sharding.is_equivalent_to(NamedSharding(real, sharding.BATCH), placed.ndim)
+
+
 def test_slices_that_the_data_axis_cannot_be_spread_over_are_refused():
-    devices = [SimpleNamespace(slice_index=number // 4) for number in range(8)]
+    devices = [SimpleNamespace(slice_index=number // 4, platform="tpu") for number in range(8)]
     with pytest.raises(UserError, match=r"mesh.data 1 is not a multiple of the 2 slices.* set it to 2"):
         sharding.make_mesh(config.Mesh(fsdp=8), devices)

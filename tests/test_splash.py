@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from ssl_jax import attention, splash
 
@@ -19,7 +12,7 @@ ROWS, HEADS, LENGTH, WIDTH = 2, 2, 256, 64
 
 
 def packed_rows() -> tuple[list[jax.Array], jax.Array]:
-    """Random queries, keys, values, and weights of the outputs; segments cross the kernel's tiles, padding ends them."""
+    """Random queries, keys, values, weights of the outputs; segments cross the kernel's tiles, padding ends them."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(ROWS, HEADS, LENGTH, WIDTH)), jnp.float32) for _ in range(4)]
     ends = np.array([[30, 130, 200], [128, 129, 129]])

@@ -253,9 +253,9 @@ PHASE = Phase(start=10, stop=17, rows=(("labeled", 4), ("raw", 8)), first_row={"
 STREAM_IDS = {"labeled": 0, "raw": 1}
 
 
-def batches(phase=PHASE, **processes):
+def batches(phase=PHASE, rows=None):
     streams = {"labeled": stream(), "raw": stream(seed=0, offset=500_000)}
-    return Batches(phase, streams, STREAM_IDS, sequence_length=LENGTH, **processes)
+    return Batches(phase, streams, STREAM_IDS, sequence_length=LENGTH, rows=rows)
 
 
 def test_a_batch_holds_the_next_rows_of_every_stream_in_order():
@@ -277,18 +277,11 @@ def test_passes_before_a_step_are_those_of_the_rows_drawn_until_then(step):
     assert batches(resumed).passes(step) == expected
 
 
-@pytest.mark.parametrize("process_count", [1, 2, 4])
-def test_slices_of_all_processes_make_the_same_global_batch(process_count):
-    whole = batches()
-    parts = [batches(process_index=i, process_count=process_count) for i in range(process_count)]
+@pytest.mark.parametrize("rows", [range(12), range(3, 6), [0, 1, 10, 11], np.array([5])])
+def test_a_process_reads_its_rows_of_the_global_batch(rows):
+    whole, part = batches(), batches(rows=rows)
     for index in (0, 6):
-        joined = {name: np.concatenate([part[index][name] for part in parts]) for name in whole[index]}
-        assert rows_equal(joined, whole[index])
-
-
-def test_rows_that_do_not_divide_over_processes_are_an_error():
-    with pytest.raises(ValueError, match="12 rows do not divide over 5 processes"):
-        batches(process_count=5)
+        assert rows_equal(part[index], {name: array[list(rows)] for name, array in whole[index].items()})
 
 
 @pytest.mark.parametrize("step", [11, 14, 16])

@@ -137,7 +137,7 @@ def test_accumulated_micro_batches_are_one_large_batch_with_teachers_and_r_drop(
 
 
 def test_r_drop_feeds_every_row_twice_and_adds_half_its_weight_times_the_mean_divergence():
-    batch = {**make_batch(), "fed": make_batch()["tokens"]}
+    batch = {**make_batch(), "fed": make_batch()["tokens"], "number": jnp.arange(6)}
     batch["factors"] = objectives.token_weights(batch["stream"], batch["loss_weights"], jnp.ones(5))
     params = model.init(DROPPING, jax.random.key(0))
     key = jax.random.key(8)

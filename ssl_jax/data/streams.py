@@ -173,8 +173,7 @@ class Batches:
       streams: the streams by name.
       stream_ids: number of each stream, for the batch's `stream` array.
       sequence_length: places of a row.
-      process_index: which slice of the global batch this process reads.
-      process_count: into how many slices it is cut.
+      rows: which rows of the global batch this process reads; all by default.
     """
 
     def __init__(
@@ -184,29 +183,25 @@ class Batches:
         stream_ids: Mapping[str, int],
         *,
         sequence_length: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | np.ndarray | None = None,
     ):
         self._phase = phase
         self._streams = streams
         self._stream_ids = stream_ids
         self._sequence_length = sequence_length
-        total = sum(count for _, count in phase.rows)
-        if total % process_count:
-            raise ValueError(f"{total} rows do not divide over {process_count} processes")
-        share = total // process_count
-        self._slice = slice(process_index * share, (process_index + 1) * share)
+        self._rows = range(sum(count for _, count in phase.rows)) if rows is None else rows
 
     def __len__(self) -> int:
         return self._phase.stop - self._phase.start
 
     def __getitem__(self, index: int) -> Row:
         """This process's rows of a step, `[B, T]` arrays, and int32 `stream` `[B]`."""
-        places = [
+        whole = [
             (name, self._phase.first_row[name] + index * count + position)
             for name, count in self._phase.rows
             for position in range(count)
-        ][self._slice]
+        ]
+        places = [whole[row] for row in self._rows]
         batch = stack([self._streams[name][row] for name, row in places], len(places), self._sequence_length)
         batch["stream"] = np.array([self._stream_ids[name] for name, _ in places], np.int32)
         return batch

@@ -180,8 +180,22 @@ _WAYS_OUT = {
 }
 
 
+def check(compiled: Compiled, memory: int) -> None:
+    """Makes sure that a program fits into so many bytes.
+
+    Raises:
+      UserError: it does not.
+    """
+    if compiled.memory > memory:
+        raise UserError(
+            f"the {compiled.name} does not fit: it needs {compiled.memory / 1e9:.1f}G of {memory / 1e9:.1f}G on each "
+            f"device; {_WAYS_OUT[compiled.name]}"
+        )
+
+
 def _too_large(name: str, message: str) -> str:
     """What the compiler's error means to a user."""
+    # Of temporaries alone; what arguments and temporaries need together, `check` sees.
     for pattern in _TOO_LARGE:
         if (found := re.search(pattern, message)) is not None:
             return f"does not fit: it needs {found[1]} of {found[2]} on each device; {_WAYS_OUT[name]}"

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from ssl_jax.config import Config
-from ssl_jax.hardware import Topology
+from ssl_jax.hardware import Chip
 from ssl_jax.model import GPT2
 from ssl_jax.plan import Plan, flops_per_token, parameter_count
 
@@ -64,9 +64,8 @@ def cost(config: Config, plan: Plan, shape: GPT2, teachers: Mapping[str, GPT2]) 
     return Cost(tokens, per_token, round(step), round(step * plan.total_steps), drawn)
 
 
-def decoding_seconds(config: Config, cost: Cost, shape: GPT2, topology: Topology, row_shards: int) -> float:
+def decoding_seconds(config: Config, cost: Cost, shape: GPT2, chip: Chip, mesh_shape: Mapping[str, int]) -> float:
     """The least time of drawing all rounds' replies: every step of decoding reads all weights from memory once."""
-    rows = config.pseudo_labels.batch_size * row_shards
-    shared = topology.devices // row_shards
-    weights = parameter_count(shape) * shape.dtype.itemsize / shared
-    return cost.drawn_tokens / rows * weights / topology.chip.bandwidth
+    rows = config.pseudo_labels.batch_size * mesh_shape["data"] * mesh_shape["fsdp"]
+    weights = parameter_count(shape) * shape.dtype.itemsize / mesh_shape["tensor"]
+    return cost.drawn_tokens / rows * weights / chip.bandwidth

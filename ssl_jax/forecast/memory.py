@@ -134,7 +134,7 @@ def _kept(made: programs.Programs, rows: int, length: int, tensor: int, remat: s
         teaching = dataclasses.replace(teaching, rows=min(rows, teaching.rows), shapes=(None,) * len(teaching.shapes))
 
     def forward(params, ema, confidence, batch, key):
-        batch = {**batch, "fed": batch["tokens"]}
+        batch = {**batch, "fed": batch["tokens"], "number": batch["stream"]}
         batch |= {name: batch["loss_weights"] for name in ("factors", "soft_factors")}
         known = [ema] * len(teaching.shapes) if teaching is not None else []
 

@@ -92,7 +92,9 @@ def forecast(
     mesh_shape = dict(mesh.shape)
     compiled = []
     if topology is not None and topology.chip.platform == "tpu":
-        compiled = list(ahead.compile_programs(config, made_plan, made, mesh, abstract_teachers, say))
+        for program in ahead.compile_programs(config, made_plan, made, mesh, abstract_teachers, say):
+            ahead.check(program, topology.chip.memory)
+            compiled.append(program)
     return Forecast(
         config=config,
         plan=made_plan,

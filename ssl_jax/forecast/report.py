@@ -29,7 +29,7 @@ def lines(forecast: Forecast) -> list[str]:
         ("run", aligned(_run(forecast))),
         (f"parameters on {forecast.devices} device{'s' * (forecast.devices > 1)}", aligned(_sharding(forecast))),
         ("memory of the train step on each device, estimated", aligned(_memory(forecast))),
-        ("time", aligned(_time(forecast))),
+        ("time of the training steps; evaluations, checkpoints and rounds come on top", aligned(_time(forecast))),
     ]
     if forecast.compiled:
         blocks.append((f"compiled for {forecast.topology.name if forecast.topology else ''}", _compiled(forecast)))
@@ -68,6 +68,7 @@ def as_dict(forecast: Forecast) -> dict[str, Any]:
         },
         "seconds": seconds,
         "seconds_basis": basis,
+        "rounds_seconds": _rounds_seconds(forecast),
         "device_hours": seconds * forecast.devices / 3600,
         "elsewhere": [
             dict(zip(("hardware", "seconds", "device_hours"), row, strict=True)) for row in _elsewhere(forecast)
@@ -147,6 +148,9 @@ def _time(forecast: Forecast) -> list[tuple[str, ...]]:
             basis,
         )
     ]
+    if (rounds := _rounds_seconds(forecast)) is not None:
+        basis = "at least: a token of every row reads all weights once"
+        here.append(("  its rounds", format_duration(rounds), f"{rounds * forecast.devices / 3600:.3g}", basis))
     usual = f"at {cost.USUAL_MFU:.0%} of the peak"
     others = [(name, format_duration(time), f"{hours:.3g}", usual) for name, time, hours in _elsewhere(forecast)]
     return [("on", "time", "device-hours", ""), *here, *others]
@@ -186,6 +190,13 @@ def _seconds(forecast: Forecast) -> tuple[float, str]:
         return forecast.cost.seconds(rate), f"at {cost.USUAL_MFU:.0%} of the peak"
     rate = _products_per_second()
     return forecast.cost.seconds(rate * _CPU_SHARE), f"at {_CPU_SHARE:.0%} of {rate / 1e9:,.0f} GFLOP/s, measured now"
+
+
+def _rounds_seconds(forecast: Forecast) -> float | None:
+    """Of drawing all rounds' replies, at least; None without rounds, or where the memory's speed is not known."""
+    if forecast.chip is None or not forecast.cost.drawn_tokens:
+        return None
+    return cost.decoding_seconds(forecast.config, forecast.cost, forecast.shape, forecast.chip, forecast.mesh_shape)
 
 
 def _elsewhere(forecast: Forecast) -> list[tuple[str, float, float]]:
