@@ -28,6 +28,6 @@ def keep_factors(key: jax.Array, numbers_B: jax.Array, shape: tuple[int, ...], r
     """
     dropped = round(rate * 256)
     words = (*shape[1:-1], -(-shape[-1] // 4))
-    words = jax.vmap(lambda key: jax.random.bits(key, words, jnp.uint32))(row_keys(key, numbers_B))
-    draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*shape[:-1], -1)[..., : shape[-1]]
+    bits = jax.vmap(lambda key: jax.random.bits(key, words, jnp.uint32))(row_keys(key, numbers_B))
+    draws = jax.lax.bitcast_convert_type(bits, jnp.uint8).reshape(*shape[:-1], -1)[..., : shape[-1]]
     return jnp.where(draws >= dropped, 256.0 / (256 - dropped), 0.0)

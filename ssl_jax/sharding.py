@@ -225,10 +225,9 @@ def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
     def place(array: np.ndarray) -> jax.Array:
         shape = (total, *array.shape[1:])
-        slices = {device: index[0] for device, index in sharding.addressable_devices_indices_map(shape).items()}
-        parts = [array[slice(*np.searchsorted(numbers, one.indices(total)[:2]))] for one in slices.values()]
-        placed = jax.device_put(parts, list(slices))
-        return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+        indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(shape)
+        parts = [array[slice(*np.searchsorted(numbers, rows.indices(total)[:2]))] for rows, *_ in indices.values()]
+        return jax.make_array_from_single_device_arrays(shape, sharding, jax.device_put(parts, list(indices)))
 
     return {name: place(array) for name, array in rows.items()}
 
