@@ -121,7 +121,7 @@ def test_a_dry_run_prints_the_plan_and_writes_it_only_where_asked(tmp_path: Path
     ("words", "message"),
     [
         (("--topology", "v7:4x4"), "no chip 'v7'"),
-        (("--topology", "h100:8", "--mesh.fsdp", "3"), "mesh: data 2 × fsdp 3"),
+        (("--topology", "h100:8", "--mesh.fsdp", "3"), "mesh: data -1 × fsdp 3"),
         (("--topology", "h100:8", "--mesh.data", "1", "--mesh.tensor", "8"), "does not divide"),
         (("--dry-run", "--train.num-train-epochs", "3", "--train.steps", "none"), "prepare"),
     ],
