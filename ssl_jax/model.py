@@ -423,11 +423,11 @@ class _Dense(nn.Module):
         kernel, bias = kernel.astype(model.dtype), bias.astype(model.dtype)
         if not self.groups:
             stored = tuple(axis or "fsdp" for axis in axes)
-            return jnp.matmul(x, _gathered(model.mesh, stored, axes, kernel)) + bias
+            return jnp.matmul(x, _gathered(model.mesh, stored, axes, kernel)) + bias[None, None]
         # Columns of a head lie in as many places as there are groups: heads are cut where all columns are there.
         kernel = _constrain(model, kernel, "fsdp", None).reshape(x.shape[-1], *self.groups)
         kernel = _gathered(model.mesh, ("fsdp", None, "tensor", None), (None, None, "tensor", None), kernel)
-        return jnp.einsum("btd,dghk->btghk", x, kernel) + bias.reshape(self.groups)
+        return jnp.einsum("btd,dghk->btghk", x, kernel) + bias.reshape(1, 1, *self.groups)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
