@@ -7,24 +7,24 @@ size and SHA-256 of every file, written last, atomically, and with a digest of i
     <directory>/<step>/<item>/…         Orbax's files (OCDBT), one folder per item
     <directory>/<step>/manifest.json    step, metric, meta, leaves of every item, files
 
-Only one process group at a time may write into a directory; any number may read from it.
+Only one process group at a time may write into a directory; any number may read from it. It may be one of a bucket.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import ending, files
+from ssl_jax import ending, files, orbax_s3, storage
 from ssl_jax.errors import UserError
 
 PyTree = Any
@@ -39,6 +39,9 @@ _STORAGE_FAILURE = re.compile(
     r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|FAILED_PRECONDITION|NOT_FOUND|UNAVAILABLE|OS error|os_error"
 )
 
+# Of a bucket, whose single answers are slow.
+_READS_AT_ONCE = 16
+
 _log = logging.getLogger(__name__)
 
 
@@ -51,16 +54,21 @@ class Checkpoints:
     Nothing is created, written or deleted before the first `save`.
     """
 
-    def __init__(self, directory: Path, *, save_total_limit: int = 2) -> None:
+    def __init__(
+        self, directory: Any, *, save_total_limit: int = 2, before_manifest: Callable[[], None] | None = None
+    ) -> None:
         """Looks at nothing yet.
 
         Args:
-          directory: where steps lie; need not exist yet. On several hosts: a file system that they share.
+          directory: where steps lie, as `storage.Place.path` gives it; need not exist yet. On several hosts: a file
+            system that they share, or a bucket.
           save_total_limit: newest verified steps that are kept, besides the best one; at least 1.
+          before_manifest: called by the primary process before a step counts, in a thread; what it raises stops that.
         """
         if save_total_limit < 1:
             raise ValueError(f"save_total_limit is at least 1, got {save_total_limit}")
-        self._directory = Path(directory).absolute()
+        self._directory = directory if storage.is_url(directory) else Path(directory).absolute()
+        self._before_manifest = before_manifest
         self._save_total_limit = save_total_limit
         self._checkpointer: Any = None
         self._background: concurrent.futures.ThreadPoolExecutor | None = None
@@ -92,7 +100,7 @@ class Checkpoints:
             "meta": json.loads(json.dumps(dict(meta))),
             "items": {name: {path: _describe(leaf) for path, leaf in item.items()} for name, item in leaves.items()},
         }
-        if not _agree(lambda: _problem(self._path(step)) or ""):
+        if not _agree(lambda: self._why_saved(step)):
             return
         try:
             self._start_writing()
@@ -130,13 +138,15 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The newest step that verifies; warns of every newer one that does not."""
         self.wait()
-        verdict = _agree(lambda: _text(self._first_good(sorted(self._step_folders(), reverse=True))))
+        with self._explained("read"):
+            verdict = _agree(lambda: _text(self._first_good(sorted(self._step_folders(), reverse=True))))
         return int(verdict) if verdict else None
 
     def best(self) -> int | None:
         """The step with the lowest metric among those that verify; of equals, the earliest."""
         self.wait()
-        verdict = _agree(lambda: _text(self._first_good(self._by_metric())))
+        with self._explained("read"):
+            verdict = _agree(lambda: _text(self._first_good(self._by_metric())))
         return int(verdict) if verdict else None
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -176,7 +186,8 @@ class Checkpoints:
                 for path, leaf in wanted.items()
             }
             arguments[name] = ocp.args.StandardRestore(placed)  # pyright: ignore[reportCallIssue]
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        orbax_s3.enable(self._directory)
+        with self._explained("read"), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(self._path(step), args=ocp.args.Composite(**arguments))
         return {
             name: jax.tree.unflatten(
@@ -205,7 +216,16 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         # Orbax logs every exception of its threads with a traceback and then raises it; `wait` reports it once.
         logging.getLogger("absl").addFilter(_is_not_raised_as_well)
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        orbax_s3.enable(self._directory)
+        # A bucket cannot rename a folder. Nothing reads a step without our manifest, so that it need not appear whole.
+        mode = ocp.options.AtomicityMode
+        atomicity = ocp.options.AtomicityOptions(
+            mode=mode.COMMIT_FILE if storage.is_url(self._directory) else mode.AUTO
+        )
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(atomicity_options=atomicity)),
+            atomicity_options=atomicity,
+        )
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def _finish(self, step: int, body: dict[str, Any]) -> None:
@@ -214,6 +234,8 @@ class Checkpoints:
 
         self._checkpointer.wait_until_finished()
         if jax.process_index() == 0:
+            if self._before_manifest is not None:
+                self._before_manifest()
             _write_manifest(self._path(step), body)
             self._known_good.add(step)
             self._delete_superfluous()
@@ -231,12 +253,19 @@ class Checkpoints:
         for step in set(good[: -self._save_total_limit]).difference(best):
             # Without its manifest a half-deleted step is recognized as such.
             (self._path(step) / MANIFEST).unlink()
-            shutil.rmtree(self._path(step))
+            files.remove_folder(self._path(step))
             self._known_good.discard(step)
         for folder in self._directory.iterdir():
             is_ours = re.fullmatch(r"\d+(\.orbax-checkpoint-tmp.*)?", folder.name) and (folder / _ORBAX_MARK).exists()
             if is_ours and not (folder / MANIFEST).exists():
-                shutil.rmtree(folder)
+                files.remove_folder(folder)
+
+    def _why_saved(self, step: int) -> str:
+        """Why a step is to be saved, if it is; of a bucket, what there is of it goes: Orbax would need more rights."""
+        problem = _problem(self._path(step)) or ""
+        if problem and storage.is_url(self._directory):
+            files.remove_folder(self._path(step))
+        return problem
 
     def _first_good(self, candidates: list[int]) -> int | None:
         for step in candidates:
@@ -262,7 +291,7 @@ class Checkpoints:
         return sorted((s for s, metric in metrics.items() if metric is not None), key=lambda s: (metrics[s], s))
 
     def _steps(self) -> list[int]:
-        return sorted(step for step in self._step_folders() if (self._path(step) / MANIFEST).is_file())
+        return sorted(step for step in self._step_folders() if (self._path(step) / MANIFEST).exists())
 
     def _step_folders(self) -> list[int]:
         """Every folder named like a step, whatever is in it."""
@@ -270,7 +299,7 @@ class Checkpoints:
             return []
         return [int(path.name) for path in self._directory.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)]
 
-    def _path(self, step: int) -> Path:
+    def _path(self, step: int) -> Any:
         return self._directory / str(step)
 
     def _manifest(self, step: int) -> dict[str, Any]:
@@ -295,13 +324,18 @@ class Checkpoints:
 
     def _explain(self, step: int, error: BaseException) -> BaseException:
         """What the operating system refused is for the user to fix; a lost process or a bug stays what it is."""
-        if not ending.is_loss(error) and (isinstance(error, OSError) or _STORAGE_FAILURE.search(str(error))):
+        if not ending.is_loss(error) and (storage.is_refusal(error) or _STORAGE_FAILURE.search(str(error))):
             reason = " ".join(str(error).split())[:300]
             return UserError(
                 f"checkpoint {step} could not be written to {self._directory}: {reason}\n"
                 "earlier checkpoints stand; make room or set permissions, then run the same command again"
             )
         return error
+
+    def _explained(self, verb: str) -> contextlib.AbstractContextManager[None]:
+        if storage.is_url(self._directory):
+            return storage.explained(str(self._directory), verb)
+        return contextlib.nullcontext()
 
 
 def _leaves_by_path(tree: PyTree) -> dict[str, Any]:
@@ -320,14 +354,16 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _write_manifest(folder: Path, body: dict[str, Any]) -> None:
+def _write_manifest(folder: Any, body: dict[str, Any]) -> None:
     """Makes the step's files durable, then the manifest that declares them, in this order."""
+    names = [name for name in storage.names_below(folder) if name.split("/")[-1] != MANIFEST]
+    for name in names:
+        files.sync(folder / name)
     declared = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
-        files.sync(path)
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        declared[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    for name, found in _digests(folder, names):
+        if isinstance(found, OSError):
+            raise found
+        declared[name] = {"bytes": found[0], "sha256": found[1]}
     with files.replacing(folder / MANIFEST) as stream:
         stream.write(_encode({**body, "files": declared}))
     files.sync(folder)
@@ -341,7 +377,23 @@ def _encode(body: Mapping[str, Any]) -> bytes:
     return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True).encode()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _digests(folder: Any, names: Sequence[str]) -> Iterator[tuple[str, tuple[int, str] | OSError]]:
+    """Size and SHA-256 of every file of a folder, or why it cannot be read; many at once of a bucket."""
+
+    def digest(name: str) -> tuple[str, tuple[int, str] | OSError]:
+        try:
+            return name, files.digest(folder / name)
+        except OSError as error:
+            return name, error
+
+    if isinstance(folder, Path):
+        yield from map(digest, names)
+        return
+    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+        yield from threads.map(digest, names)
+
+
+def _read_manifest(folder: Any) -> dict[str, Any]:
     """Raises ValueError, with the reason, if the manifest is absent or not as it was written."""
     try:
         content = (folder / MANIFEST).read_bytes()
@@ -357,7 +409,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return body
 
 
-def _problem(folder: Path, items: Mapping[str, Any] | None = None) -> str | None:
+def _problem(folder: Any, items: Mapping[str, Any] | None = None) -> str | None:
     """Why a step cannot be trusted, or None. With `items`, files of other items are not looked at."""
     try:
         manifest = _read_manifest(folder)
@@ -366,18 +418,14 @@ def _problem(folder: Path, items: Mapping[str, Any] | None = None) -> str | None
     if manifest["step"] != int(folder.name):
         return f"{MANIFEST} is that of step {manifest['step']}"
     others = set(manifest["items"]).difference(items if items is not None else manifest["items"])
-    for name, expected in manifest["files"].items():
-        if name.split("/")[0] in others:
-            continue
-        try:
-            with (folder / name).open("rb") as stream:
-                size = os.fstat(stream.fileno()).st_size
-                if size != expected["bytes"]:
-                    return f"{name} has {size} bytes instead of {expected['bytes']}"
-                if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
-                    return f"{name} differs from what was written (SHA-256)"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+    declared = {name: file for name, file in manifest["files"].items() if name.split("/")[0] not in others}
+    for name, found in _digests(folder, list(declared)):
+        if isinstance(found, OSError):
+            return f"{name} cannot be read: {found.strerror or found}"
+        if found[0] != declared[name]["bytes"]:
+            return f"{name} has {found[0]} bytes instead of {declared[name]['bytes']}"
+        if found[1] != declared[name]["sha256"]:
+            return f"{name} differs from what was written (SHA-256)"
     return None
 
 

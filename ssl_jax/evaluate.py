@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ssl_jax import agreement, command_line, distributed, files, workdir
+from ssl_jax import agreement, command_line, distributed, storage, workdir
 from ssl_jax.config import Data, Evaluation, ServedWeights, Source, TemplateName, Train
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import comparison
@@ -121,19 +120,19 @@ def _compare(command: Evaluate, directory: str, baseline: str) -> None:
     named = {"--workdir": directory, "--baseline": baseline, "--oracle": command.oracle}
     flags = f"--split {command.split}" + ("" if command.weights == "auto" else f" --weights {command.weights}")
     results = {
-        flag: comparison.read(flag, name, command.file_name, flags) for flag, name in named.items() if name is not None
+        flag: comparison.read(flag, _pulled(name, command.file_name), command.file_name, flags)
+        for flag, name in named.items()
+        if name is not None
     }
     found = comparison.compare(results["--workdir"], results["--baseline"], results.get("--oracle"))
     names = {"baseline": baseline, **({} if command.oracle is None else {"oracle": command.oracle})}
     _print(comparison_lines(found))
-    _write(
-        Path(command.output or f"{directory}/{command.file_name}"), results["--workdir"] | {"comparison": names | found}
-    )
+    _write(command.output or f"{directory}/{command.file_name}", results["--workdir"] | {"comparison": names | found})
 
 
 def _evaluate(command: Evaluate) -> None:
     """Loads model and data, evaluates, prints and writes the result."""
-    run = None if command.workdir is None else workdir.read_config(Path(command.workdir))
+    run = None if command.workdir is None else workdir.read_config(command.workdir)
     asked = command.model_dump(include=set(_AMOUNTS), exclude_none=True)
     settings = (Evaluation() if run is None else run.evaluation).model_copy(update=asked)
 
@@ -144,7 +143,7 @@ def _evaluate(command: Evaluate) -> None:
     if command.data:
         dialogues = _from_files(command.data, Data() if run is None else run.data)
     else:
-        directory = Path(command.workdir or "")
+        directory = command.workdir or ""
         dialogues = distributed.primary_first("prepare the data", lambda: _from_run(directory, command.split))
     workdir_name = None if command.model else command.workdir
     model = loading.load_named(workdir_name, command.model, command.template, command.weights)
@@ -173,24 +172,31 @@ def _evaluate(command: Evaluate) -> None:
     if path is None and command.model is None and command.data is None:
         path = f"{command.workdir}/{command.file_name}"
     if path is not None:
-        _write(Path(path), result)
+        _write(path, result)
 
 
 def _print(lines: Sequence[str]) -> None:
     print(*lines, sep="\n")
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
-    files.write_json(path, result)
+def _pulled(name: str, file_name: str) -> str:
+    """A work directory, or what mirrors it, with one of its files."""
+    place = storage.place(name)
+    place.pull(file_name)
+    return str(place.local)
+
+
+def _write(path: str, result: dict[str, Any]) -> None:
+    storage.write_json(path, result)
     print(f"written to {path}")
 
 
-def _from_run(directory: Path, split: str) -> list[tuple[Dialogue, int]]:
+def _from_run(directory: str, split: str) -> list[tuple[Dialogue, int]]:
     """A split of a run's data: dialogues, and the bytes of their replies before cleaning."""
     from ssl_jax.data.pipeline import prepare
 
     prepared = prepare(workdir.read_config(directory), say=_say)
-    workdir.check_data(directory, prepared.summary)
+    workdir.check_data(storage.place(directory), prepared.summary)
     name = f"labeled_{split}"
     if name not in prepared.splits:
         known = ", ".join(name.removeprefix("labeled_") for name in prepared.splits if name.startswith("labeled_"))

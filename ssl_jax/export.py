@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from ssl_jax import command_line
+from ssl_jax import command_line, storage
 from ssl_jax.config import Sampling, Served
 from ssl_jax.errors import UserError
 
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str]) -> None:
     from ssl_jax import export_check, huggingface, loading
 
     # What would stop the export at its end is found before its beginning.
+    if storage.is_url(command.output):
+        raise UserError(f"--output {command.output}: is written to a folder of this machine; copy it from there")
     output = Path(command.output)
     huggingface.check_output(output, overwrite=command.overwrite)
     if command.check:
@@ -85,7 +87,7 @@ def _generation(command: Export) -> dict[str, Any]:
     if command.workdir is None:
         assert command.model is not None
         return huggingface.read_generation(huggingface.locate(command.model))
-    return generation_settings(workdir.read_config(Path(command.workdir)).evaluation.sampling)
+    return generation_settings(workdir.read_config(command.workdir).evaluation.sampling)
 
 
 def generation_settings(sampling: Sampling) -> dict[str, Any]:

@@ -1,21 +1,34 @@
-"""Files that are replaced as a whole: a reader sees the old content or the new, never half of it."""
+"""Files that are replaced as a whole: a reader sees the old content or the new, never half of it.
+
+Those in a bucket, whose paths are `etils.epath.Path`, are so by themselves.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 _BUFFER_BYTES = 2**20
+# A bucket is asked once for as much.
+_BLOCK_BYTES = 2**25
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Any) -> Iterator[BinaryIO]:
     """A stream whose content replaces that of a file when the context ends without an exception."""
+    if not isinstance(path, Path):
+        content = io.BytesIO()
+        yield content
+        path.write_bytes(content.getvalue())
+        return
     temporary = partial_path(path)
     try:
         with temporary.open("wb", _BUFFER_BYTES) as stream:
@@ -27,13 +40,36 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def sync(path: Path) -> None:
+def sync(path: Any) -> None:
     """Returns when what is in a file, or which names are in a folder, outlives a loss of power."""
+    if not isinstance(path, Path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_folder(folder: Any) -> None:
+    """Removes a folder with all that is in it."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder)
+    else:
+        folder.rmtree(missing_ok=True)
+
+
+def digest(path: Any) -> tuple[int, str]:
+    """Size of a file (bytes) and its SHA-256 (hex)."""
+    with path.open("rb") as stream:
+        if isinstance(path, Path):
+            found = hashlib.file_digest(stream, "sha256")
+            return os.fstat(stream.fileno()).st_size, found.hexdigest()
+        found, size = hashlib.sha256(), 0
+        while block := stream.read(_BLOCK_BYTES):
+            found.update(block)
+            size += len(block)
+        return size, found.hexdigest()
 
 
 def partial_path(path: Path) -> Path:

@@ -10,12 +10,13 @@ from typing import Literal
 import jax
 import numpy as np
 
-from ssl_jax import config, model, pretrained, sharding, workdir
+from ssl_jax import config, model, pretrained, sharding, storage, workdir
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import TemplateName
 from ssl_jax.data.tokenizer import DialogueTokenizer
 from ssl_jax.dialogue_model import DialogueModel
 from ssl_jax.errors import UserError
+from ssl_jax.storage import Place
 
 
 def load(
@@ -28,7 +29,7 @@ def load(
     """The model of a work directory, of a Hugging Face directory, or of the hub.
 
     Args:
-      name: a directory, or a hub name such as `gpt2`.
+      name: a directory, that of a run also in a bucket, or a hub name such as `gpt2`.
       template: how a Hugging Face model reads dialogues, as `tokenizer.template`; a work directory knows its own.
       weights: how exactly they are kept, see `model.with_weights`.
       mesh: where the parameters go; None for one device.
@@ -36,9 +37,10 @@ def load(
     Raises:
       UserError: nothing by that name, or what is there cannot be used.
     """
-    directory = Path(name)
-    if (directory / "config.yaml").is_file():
-        return _with_weights(load_checkpoint(directory, mesh=mesh), weights)
+    place = workdir.find(name)
+    directory = place.local
+    if (directory / workdir.CONFIG).is_file():
+        return _with_weights(load_checkpoint(place, mesh=mesh), weights)
     if directory.is_dir() and not (directory / "config.json").is_file():
         raise UserError(
             f"{name} is neither a work directory (it has no config.yaml) nor a Hugging Face model (no config.json)"
@@ -60,13 +62,13 @@ def load_named(
     """
     mesh = _mesh_of_all(workdir_name) if jax.process_count() > 1 else None
     if workdir_name is not None:
-        return _with_weights(load_checkpoint(Path(workdir_name), mesh=mesh), weights)
+        return _with_weights(load_checkpoint(workdir_name, mesh=mesh), weights)
     assert model_name is not None
     return load(model_name, template=template, weights=weights, mesh=mesh)
 
 
 def _mesh_of_all(workdir_name: str | None) -> jax.sharding.Mesh:
-    settings = config.Mesh() if workdir_name is None else workdir.read_config(Path(workdir_name)).mesh
+    settings = config.Mesh() if workdir_name is None else workdir.read_config(workdir_name).mesh
     try:
         return sharding.make_mesh(settings)
     except UserError:
@@ -74,23 +76,23 @@ def _mesh_of_all(workdir_name: str | None) -> jax.sharding.Mesh:
 
 
 def load_checkpoint(
-    directory: Path, *, step_number: int | None = None, mesh: jax.sharding.Mesh | None = None
+    name: str | Path | Place, *, step_number: int | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> DialogueModel:
     """The model of a work directory: its best checkpoint where the run has one, else its newest good one.
 
     Raises:
       UserError: no work directory, or no checkpoint in it that verifies.
     """
-    settings = workdir.read_config(directory)
-    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS)
+    settings, place = workdir.read_config(name), storage.place(name)
+    checkpoints = Checkpoints(place.path(workdir.CHECKPOINTS))
     if step_number is None:
         step_number = served_step(checkpoints, settings.train)
     if step_number is None:
         raise UserError(
-            f"{directory} has no good checkpoint yet; run python -m ssl_jax.train --config {directory}/config.yaml "
-            f"--workdir {directory}"
+            f"{place.name} has no good checkpoint yet; run python -m ssl_jax.train --config "
+            f"{place.local / workdir.CONFIG} --workdir {place.name}"
         )
-    tokenizer = DialogueTokenizer.load(directory / workdir.TOKENIZER)
+    tokenizer = DialogueTokenizer.load(place.local / workdir.TOKENIZER)
     shape = model.GPT2.from_config(settings.model, tokenizer.vocab_size, mesh)
     item = "ema" if settings.optimizer.ema_decay else "params"
     if item == "ema":

@@ -24,6 +24,7 @@ from ssl_jax import (
     programs,
     sharding,
     step,
+    storage,
     teachers,
     workdir,
 )
@@ -49,29 +50,36 @@ DEV, TEST = "labeled_dev", "labeled_test"
 class Run:
     """One training run in a work directory; `train` takes it from wherever it stands to its end."""
 
-    def __init__(self, config: Config, prepared: Prepared, directory: Path, signals: Signals):
+    def __init__(self, config: Config, prepared: Prepared, directory: Path | storage.Place, signals: Signals):
         """Makes the plan and the compiled functions; touches no file of the work directory.
 
         Raises:
           UserError: mesh, batch, data and configuration do not fit together.
         """
-        self.config, self.prepared, self.directory = config, prepared, directory
+        self.config, self.prepared, self.place = config, prepared, storage.place(directory)
+        self.directory = self.place.local
         self.mesh = sharding.make_mesh(config.mesh)
         self.signals = SharedSignals(signals, self.mesh)
         self.shape = model.GPT2.from_config(
             config.model, prepared.tokenizer.vocab_size, self.mesh, sequence_length=config.train.sequence_length
         )
         records = {split: len(prepared.lengths(split)) for split in prepared.splits}
-        self.sources = TrainingStreams(config, prepared, directory)
+        self.sources = TrainingStreams(config, prepared, self.directory)
         self.streams = self.sources.before_rounds()
         self.plan = plan.make_plan(
             config, records, self.streams["labeled"].rows_in_epoch(0), sharding.row_shards(self.mesh)
         )
         self.teachers = teachers.load(config.distillation, config.train, prepared.tokenizer, self.mesh)
         shapes = {name: teacher.shape for name, teacher in self.teachers.items()}
+        self._check_rounds()
         self.programs = programs.make(config, self.plan, self.shape, self.mesh, shapes)
         self._key = jax.jit(jax.random.key, out_shardings=sharding.replicated(self.mesh))(config.seed)
-        self.checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, save_total_limit=config.train.save_total_limit)
+        self.checkpoints = Checkpoints(
+            self.place.path(workdir.CHECKPOINTS),
+            save_total_limit=config.train.save_total_limit,
+            # What a checkpoint goes on from, rounds and lines of metrics, is never less safe than itself.
+            before_manifest=self.place.push,
+        )
         self.eval_rows = config.train.per_device_eval_batch_size * sharding.row_shards(self.mesh)
 
     def train(self) -> dict[str, Any]:
@@ -87,13 +95,16 @@ class Run:
         """
         newest = self.checkpoints.newest()
         state, progress = self._restore(newest) if newest else (self.initial_state(), Progress())
-        with Logbook(
-            self.directory,
-            resume_step=newest or 0,
-            resume_time=progress.seconds,
-            total_steps=self.plan.total_steps,
-            primary=distributed.is_primary(),
-        ) as logbook:
+        with (
+            self.place.sent_at_end(),
+            Logbook(
+                self.directory,
+                resume_step=newest or 0,
+                resume_time=progress.seconds,
+                total_steps=self.plan.total_steps,
+                primary=distributed.is_primary(),
+            ) as logbook,
+        ):
             if newest:
                 logbook.say(f"going on from checkpoint {newest}")
             logbook.table("plan", description.rows(self.config, self.plan, self.shape, self.mesh, self.streams))
@@ -248,6 +259,8 @@ class Run:
                 if not saved:
                     self._save(state, progress, logbook)
                     saved = True
+                # What was drawn of it before an interruption, every process must find.
+                self.place.share(f"{name} {number} goes on", directory.name)
                 asked = self.sources.asked(name, number)
                 kind: Kind = "replies" if name == "pseudo" else "contexts"
                 logbook.phase("pseudo-label", f"round {number}, {kind} for {len(asked)} dialogues")
@@ -266,6 +279,7 @@ class Run:
                     settings,
                     between=lambda _: self._stop_if_asked(at),
                 )
+                self.place.share(f"{name} {number} is made", directory.name)
                 seconds = time.monotonic() - started
                 rate = summary["generated_tokens"] / seconds
                 timing = {f"{name}/seconds": seconds, f"{name}/tokens_per_sec": rate}
@@ -284,7 +298,7 @@ class Run:
         """The final evaluation, with the best checkpoint or the last one."""
         chosen = loading.served_step(self.checkpoints, self.config.train)
         assert chosen is not None
-        speaker = loading.load_checkpoint(self.directory, step_number=chosen, mesh=self.mesh)
+        speaker = loading.load_checkpoint(self.place, step_number=chosen, mesh=self.mesh)
         split = TEST if TEST in self.prepared.splits else DEV
         logbook.phase("evaluate", f"{split}, checkpoint {chosen}")
 
@@ -369,6 +383,30 @@ class Run:
             confidence=counters.get("confidence"),
         )
         return state, Progress.from_meta(meta)
+
+    def _check_rounds(self) -> None:
+        """Makes sure that rounds can be written where each process has its own copy of the work directory.
+
+        Raises:
+          UserError: a round may have several shards, which the processes would share among them.
+        """
+        settings = self.config.pseudo_labels
+        most = {
+            name: min(number, len(self.prepared.lengths(split)))
+            for name, number, split in (
+                ("pseudo", settings.prompts_per_round, "prompt_train"),
+                ("translated", settings.replies_per_round, "raw_train"),
+            )
+            if name in self._rounds()
+        }
+        if isinstance(self.place, storage.Bucket) and distributed.process_count() > 1:
+            for name, number in most.items():
+                if number > rounds.RECORDS_PER_SHARD:
+                    raise UserError(
+                        f"{self.place.name}: in a bucket several processes make rounds of {rounds.RECORDS_PER_SHARD} "
+                        f"dialogues at most, and pseudo_labels asks for {number} ({name}); ask for less, or use a "
+                        "folder that all hosts share"
+                    )
 
     def _check_rows(self, meta: Mapping[str, Any]) -> None:
         """Makes sure that a run goes on with the rows a step that it began with, whatever the devices.

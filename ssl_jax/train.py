@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ssl_jax import agreement, command_line, distributed, pretrained, workdir
+from ssl_jax import agreement, command_line, distributed, pretrained, storage, workdir
 from ssl_jax.config import Config
 from ssl_jax.evaluation.tables import metric_lines
 
@@ -43,64 +43,62 @@ def main(arguments: Sequence[str]) -> None:
     distributed.join()
     config = pretrained.resolve(config)
     agreement.check(config.model_dump(mode="json"))
-    directory = Path(config.workdir)
-    distributed.primary_first("claim the work directory", lambda: workdir.claim(directory, config))
-    if (summary := workdir.read_summary(directory)) is not None:
+    place = storage.place(config.workdir)
+    distributed.primary_first("claim the work directory", lambda: workdir.claim(place, config))
+    if (summary := workdir.read_summary(place.local)) is not None:
         if distributed.is_primary():
-            print(f"{directory} is done: {summary['steps']} steps, {summary['seconds']:.0f} s")
-            show(summary, directory)
+            print(f"{place.name} is done: {summary['steps']} steps, {summary['seconds']:.0f} s")
+            show(summary, place.name)
         return
 
     from ssl_jax.data.pipeline import prepare
 
     say = print if distributed.is_primary() else _say_nothing
     prepared = distributed.primary_first("prepare the data", lambda: prepare(config, say))
-    distributed.primary_first("claim the data", lambda: workdir.claim_data(directory, prepared.summary))
+    distributed.primary_first("claim the data", lambda: workdir.claim_data(place, prepared.summary))
     if distributed.is_primary():
-        prepared.tokenizer.save(directory / workdir.TOKENIZER)
+        prepared.tokenizer.save(place.local / workdir.TOKENIZER)
 
     from ssl_jax import compilation_cache, loop
     from ssl_jax.signals import Signals
 
     compilation_cache.enable()
     with Signals().listen() as signals:
-        summary = loop.Run(config, prepared, directory, signals).train()
+        summary = loop.Run(config, prepared, place, signals).train()
     if distributed.is_primary():
-        show(summary, directory)
+        show(summary, place.name)
 
 
 def plan_only(command: Command, *, writes: bool) -> None:
     """Prints the forecast of the run; with `writes`, `plan.json` in its work directory too."""
-    from ssl_jax import files
     from ssl_jax.data.pipeline import find
     from ssl_jax.forecast import plan_ahead, report
     from ssl_jax.hardware import Topology
     from ssl_jax.training_streams import TrainingStreams
 
     topology = None if command.topology is None else Topology.parse(command.topology)
-    config, directory = pretrained.resolve(command), Path(command.workdir)
+    config = pretrained.resolve(command)
     prepared = find(config)
     if prepared is None:
         print("the data is not prepared yet: its epochs and vocabulary are left open (python -m ssl_jax.prepare)")
-    streams = {} if prepared is None else TrainingStreams(config, prepared, directory).before_rounds()
+    streams = {} if prepared is None else TrainingStreams(config, prepared, Path()).before_rounds()
     made = plan_ahead.forecast(config, topology, prepared, streams, print)
     print("\n".join(report.lines(made)))
     if writes:
-        directory.mkdir(parents=True, exist_ok=True)
-        files.write_json(directory / workdir.PLAN, report.as_dict(made))
+        storage.write_json(f"{command.workdir}/{workdir.PLAN}", report.as_dict(made))
 
 
 def _say_nothing(_: str) -> None:
     """The other processes leave talking to the first one."""
 
 
-def show(summary: dict[str, Any], directory: Path) -> None:
+def show(summary: dict[str, Any], name: str) -> None:
     """Prints the final metrics, the human ones and the distance to them, and what to type next."""
     for line in metric_lines(summary["split"].removeprefix("labeled_"), summary["evaluation"], summary["human"]):
         print(line)
     tokens = ", ".join(f"{count:,} {name}" for name, count in summary["tokens_by_stream"].items() if count)
-    print(f"\ntokens: {tokens}; checkpoint {summary['checkpoint']} of {summary['steps']}; results in {directory}")
-    where = shlex.quote(str(directory))
+    print(f"\ntokens: {tokens}; checkpoint {summary['checkpoint']} of {summary['steps']}; results in {name}")
+    where = shlex.quote(name)
     print(f"\ntalk to it:\n  python -m ssl_jax.generate --workdir {where} --prompt 'hi, how are you?'")
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ssl_jax import files
+from ssl_jax import files, storage
 from ssl_jax.command_line import read_yaml, validate
 from ssl_jax.config import Config
 from ssl_jax.errors import UserError
+from ssl_jax.storage import Place
 
 CHECKPOINTS = "checkpoints"
 PSEUDO_LABELS = "pseudo_labels"
 BACK_TRANSLATIONS = "back_translations"
 TOKENIZER = "tokenizer"
+CONFIG = "config.yaml"
 DATA = "data.json"
 PLAN = "plan.json"
 
@@ -40,7 +44,7 @@ FREE_FIELDS = (
 )
 
 
-def claim(directory: Path, config: Config) -> None:
+def claim(place: Place, config: Config) -> None:
     """Makes the directory and writes `config.yaml`, or checks that the run there has the same configuration.
 
     A directory without checkpoints holds nothing that another configuration could spoil: whoever corrects a mistake
@@ -49,13 +53,19 @@ def claim(directory: Path, config: Config) -> None:
     Raises:
       UserError: the run there differs, naming the fields; or the directory cannot be written.
     """
-    path = directory / "config.yaml"
+    place.check_writable()
+    place.pull()
+    directory, path = place.local, place.local / CONFIG
+    for folder in directory.glob("*/round_*"):
+        # A run that was killed while it sent a round to a bucket: the round is made again.
+        if re.fullmatch(r"round_\d+", folder.name) and not (folder / "summary.json").is_file():
+            shutil.rmtree(folder)
     if path.is_file() and (directory / CHECKPOINTS).is_dir():
         differing = _differences(_flatten(read_yaml(path)), _flatten(config.model_dump(mode="json")))
         if differing:
             shown = "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
             raise UserError(
-                f"{directory} holds a run with another configuration ({shown}); name another --workdir or remove it"
+                f"{place.name} holds a run with another configuration ({shown}); name another --workdir or remove it"
             )
         return
     try:
@@ -63,45 +73,59 @@ def claim(directory: Path, config: Config) -> None:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         files.write_text(path, text)
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written: {error.strerror}; name another --workdir") from None
+        raise UserError(f"{place.name}: cannot be written: {error.strerror}; name another --workdir") from None
+    place.push()
 
 
-def claim_data(directory: Path, summary: Mapping[str, Any]) -> None:
+def claim_data(place: Place, summary: Mapping[str, Any]) -> None:
     """Writes the prepared data's summary to `data.json`, or checks that the run there has seen the same data.
 
     Raises:
       UserError: the data differ from those that the checkpoints were trained on.
     """
-    if (directory / CHECKPOINTS).is_dir():
-        check_data(directory, summary)
+    if (place.local / CHECKPOINTS).is_dir():
+        check_data(place, summary)
     else:
-        files.write_json(directory / DATA, dict(summary))
+        files.write_json(place.local / DATA, dict(summary))
+        place.push(DATA)
 
 
-def check_data(directory: Path, summary: Mapping[str, Any]) -> None:
+def check_data(place: Place, summary: Mapping[str, Any]) -> None:
     """Checks that prepared data are those of the run there, if one has begun: others may mean other things by an id.
 
     Raises:
       UserError: they are not.
     """
-    path = directory / DATA
+    path = place.local / DATA
     if path.is_file() and files.read_json(path)["content_hash"] != summary["content_hash"]:
         raise UserError(
-            f"{directory}: the files that `data` names have changed since the run began; "
+            f"{place.name}: the files that `data` names have changed since the run began; "
             "restore them, or train in another --workdir"
         )
 
 
-def read_config(directory: Path) -> Config:
+def find(name: str | Path | Place) -> Place:
+    """The place of a run that may have begun, with the small files here that loading its model takes.
+
+    Raises:
+      UserError: it is in a bucket that cannot be read.
+    """
+    place = storage.place(name)
+    place.pull(CONFIG, DATA, TOKENIZER)
+    return place
+
+
+def read_config(name: str | Path | Place) -> Config:
     """The configuration of the run in a work directory.
 
     Raises:
       UserError: the directory does not exist or holds no run.
     """
-    path = directory / "config.yaml"
+    place = find(name)
+    path = place.local / CONFIG
     if not path.is_file():
-        what = "is not a work directory (it has no config.yaml)" if directory.is_dir() else "does not exist"
-        raise UserError(f"--workdir {directory} {what}; train one with python -m ssl_jax.train --config FILE")
+        what = "is not a work directory (it has no config.yaml)" if place.local.is_dir() else "does not exist"
+        raise UserError(f"--workdir {place.name} {what}; train one with python -m ssl_jax.train --config FILE")
     return validate(Config, read_yaml(path), origin=str(path))
 
 

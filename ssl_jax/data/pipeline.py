@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import files
+from ssl_jax import files, storage
 from ssl_jax.config import Config, Data
 from ssl_jax.data import (
     account,
@@ -72,7 +72,9 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     """
     resolved = sources.resolve(config)
     content_hash = sources.content_hash(config, resolved)
-    directory = Path(config.data.prepared_dir) / content_hash[:16]
+    place = storage.place(config.data.prepared_dir, shared=True)
+    directory = place.local / content_hash[:16]
+    place.pull_complete(directory.name)
     if (directory / "summary.json").is_file():
         say(f"prepared data: {directory} (found)")
         prepared = Prepared.open(directory)
@@ -81,6 +83,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
         step_functions(config.data.cleaning)
         if config.data.beam_options is not None:
             beam_runner.check(config.data.beam_options)
+        place.check_writable()
         shards.make_folder(directory.parent)
         try:
             with _working_directory(directory, say) as working:
@@ -100,6 +103,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
         say(f"prepared data: {directory}")
     for name in ("summary.json", "rejected.jsonl"):
         files.write_text(directory.parent / name, (directory / name).read_text(encoding="utf-8"))
+    place.push_complete(directory.name)
+    place.push("summary.json", "rejected.jsonl")
     if config.train.unlabeled_ratio > 0 and not set(prepared.splits).intersection(store.UNLABELED_SPLITS):
         raise UserError(
             "data.unlabeled: no unlabeled dialogues, but train.unlabeled_ratio is "
@@ -114,7 +119,9 @@ def find(config: Config) -> Prepared | None:
     Raises:
       UserError: a source is missing or contradicts itself.
     """
-    directory = Path(config.data.prepared_dir) / sources.content_hash(config, sources.resolve(config))[:16]
+    place = storage.place(config.data.prepared_dir, shared=True)
+    directory = place.local / sources.content_hash(config, sources.resolve(config))[:16]
+    place.pull_complete(directory.name)
     return Prepared.open(directory) if (directory / "summary.json").is_file() else None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import files
+from ssl_jax import files, storage
 from ssl_jax.config import Config, Source
 from ssl_jax.data import chatterbot, chitchat, formats, named, store
 from ssl_jax.data.formats import Expected
@@ -93,7 +93,7 @@ def content_hash(config: Config, sources: Sequence[ResolvedSource]) -> str:
     Raises:
       UserError: a file cannot be read.
     """
-    remembered = Path(config.data.prepared_dir) / _DIGESTS
+    remembered = storage.place(config.data.prepared_dir, shared=True).local / _DIGESTS
     known = _read_digests(remembered)
     digests: dict[str, list[Any]] = {}
 

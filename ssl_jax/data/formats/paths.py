@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ssl_jax import storage
 from ssl_jax.config import Source
 from ssl_jax.errors import UserError
 
@@ -32,6 +33,8 @@ def find_files(source: Source) -> list[Path]:
       UserError: nothing is there, it is no file, or a link or `..` in what was found leads out of the named folder.
     """
     given = str(source.path)
+    if storage.is_url(given):
+        given = str(storage.fetch(given, lambda name: suffix(Path(name)) in SUFFIXES))
     try:
         path = Path(given).expanduser()
         if path.is_dir():
