@@ -71,7 +71,6 @@ class Run:
         )
         self.teachers = teachers.load(config.distillation, config.train, prepared.tokenizer, self.mesh)
         shapes = {name: teacher.shape for name, teacher in self.teachers.items()}
-        self._check_rounds()
         self.programs = programs.make(config, self.plan, self.shape, self.mesh, shapes)
         self._key = jax.jit(jax.random.key, out_shardings=sharding.replicated(self.mesh))(config.seed)
         self.checkpoints = Checkpoints(
@@ -383,30 +382,6 @@ class Run:
             confidence=counters.get("confidence"),
         )
         return state, Progress.from_meta(meta)
-
-    def _check_rounds(self) -> None:
-        """Makes sure that rounds can be written where each process has its own copy of the work directory.
-
-        Raises:
-          UserError: a round may have several shards, which the processes would share among them.
-        """
-        settings = self.config.pseudo_labels
-        most = {
-            name: min(number, len(self.prepared.lengths(split)))
-            for name, number, split in (
-                ("pseudo", settings.prompts_per_round, "prompt_train"),
-                ("translated", settings.replies_per_round, "raw_train"),
-            )
-            if name in self._rounds()
-        }
-        if isinstance(self.place, storage.Bucket) and distributed.process_count() > 1:
-            for name, number in most.items():
-                if number > rounds.RECORDS_PER_SHARD:
-                    raise UserError(
-                        f"{self.place.name}: in a bucket several processes make rounds of {rounds.RECORDS_PER_SHARD} "
-                        f"dialogues at most, and pseudo_labels asks for {number} ({name}); ask for less, or use a "
-                        "folder that all hosts share"
-                    )
 
     def _check_rows(self, meta: Mapping[str, Any]) -> None:
         """Makes sure that a run goes on with the rows a step that it began with, whatever the devices.

@@ -214,4 +214,4 @@ def test_pins_for_beam_are_those_of_all_other_tests_but_for_what_beam_holds_back
     ours, others = pins("constraints-beam.txt"), pins("constraints.txt")
     assert others.keys() <= ours.keys()
     different = {package for package in others if ours[package] != others[package]}
-    assert different == {"googleapis-common-protos", "protobuf", "pyarrow", "python-dateutil"}
+    assert different == {"googleapis-common-protos", "protobuf", "pyarrow"}

@@ -291,7 +291,7 @@ def test_the_end_of_training_shows_the_distance_to_people(tmp_path: Path, capsys
         "checkpoint": 3,
         "steps": 4,
     }
-    train.show(summary, tmp_path)
+    train.show(summary, str(tmp_path))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[:3]]
     assert lines == [["metric", "test", "human", "distance"], ["mrr", "0.5000"],
                      ["distinct_2", "0.2500", "0.7500", "-0.5000"]]  # fmt: skip

@@ -57,7 +57,7 @@ def read_round(directory: Path, round_number: int) -> list[Dialogue]:
 
 
 def write(directory: Path, round_number: int, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """Writes a round beside its place, then moves it there. Of several processes, each writes its share of the shards.
+    """Writes a round beside its place, then moves it there. Of several processes, the first writes.
 
     Args:
       directory: where rounds are.
@@ -69,20 +69,15 @@ def write(directory: Path, round_number: int, rows: Sequence[Mapping[str, Any]],
 
     folder = _folder(directory, round_number)
     temporary = folder.with_name(folder.name + ".tmp")
-    primary = jax.process_index() == 0
-    if primary:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    wait_for_all(f"{folder.name} begins")
     shards = {
         temporary / f"labels-{number:05d}.array_record": rows[first : first + RECORDS_PER_SHARD]
         for number, first in enumerate(range(0, len(rows), RECORDS_PER_SHARD))
     }
-    for number, (path, share) in enumerate(shards.items()):
-        if number % jax.process_count() == jax.process_index():
+    if jax.process_index() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for path, share in shards.items():
             _write_shard(path, share)
-    wait_for_all(f"{folder.name} has its shards")
-    if primary:
         hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards}
         files.write_json(temporary / "summary.json", {**summary, "sha256": hashes})
         files.sync(temporary)
