@@ -11,8 +11,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Not the user's own: what commands keep of what they compile.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssl_jax_compiled_")
 
+import hypothesis
 import jax
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A machine that is busy with something else is no defect of what is tested.
+hypothesis.settings.register_profile("ssl_jax", deadline=None)
+hypothesis.settings.load_profile("ssl_jax")

@@ -120,7 +120,7 @@ def find(config: Config) -> Prepared | None:
       UserError: a source is missing or contradicts itself.
     """
     place = storage.place(config.data.prepared_dir, shared=True)
-    directory = place.local / sources.content_hash(config, sources.resolve(config))[:16]
+    directory = place.local / sources.content_hash(config, sources.resolve(config), remember=False)[:16]
     place.pull_complete(directory.name)
     return Prepared.open(directory) if (directory / "summary.json").is_file() else None
 

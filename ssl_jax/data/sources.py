@@ -85,10 +85,15 @@ def _files(expected: Expected, source: Source) -> tuple[Path, ...]:
         raise UserError(f"{where}: {error}") from None
 
 
-def content_hash(config: Config, sources: Sequence[ResolvedSource]) -> str:
+def content_hash(config: Config, sources: Sequence[ResolvedSource], *, remember: bool = True) -> str:
     """SHA-256 (hex) of all that decides the prepared content: bytes of the sources, settings, and our own version.
 
     Digests of files are remembered in `data.prepared_dir`, and believed while size and times of a file stay the same.
+
+    Args:
+      config: the run's configuration.
+      sources: those that `data` names.
+      remember: whether new digests are written there.
 
     Raises:
       UserError: a file cannot be read.
@@ -128,7 +133,7 @@ def content_hash(config: Config, sources: Sequence[ResolvedSource]) -> str:
     }
     settled = time.time_ns() - _CLOCK_GRAIN_NS
     old = {key: found for key, found in digests.items() if max(found[1], found[2]) < settled}
-    if not old.items() <= known.items():
+    if remember and not old.items() <= known.items():
         with contextlib.suppress(OSError):  # it only saves time
             remembered.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(remembered, {**known, **old})

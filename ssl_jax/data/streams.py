@@ -111,10 +111,19 @@ class PackedStream:
 
     def __getitem__(self, number: int) -> Row:
         """The row with that number, `[T]` arrays as in `packing.assemble`."""
+        windows, members = self._members(number)
+        return assemble([self._piece(windows, index) for index in members], self._sequence_length)
+
+    def dialogue_ids(self, number: int) -> list[str]:
+        """Ids of the dialogues that share a row, in their order."""
+        windows, members = self._members(number)
+        return [self._dialogues[int(windows.record[index])].id for index in members]
+
+    def _members(self, number: int) -> tuple[Windows, list[int]]:
+        """The windows of a row's epoch, and which of them share the row."""
         epoch = self.epoch_of(number)
         plan = self._plan(epoch)
-        members = plan.rows[plan.order[number - self._first_rows[epoch]]]
-        return assemble([self._piece(plan.windows, index) for index in members], self._sequence_length)
+        return plan.windows, plan.rows[plan.order[number - self._first_rows[epoch]]]
 
     def _piece(self, windows: Windows, index: int) -> tuple[np.ndarray, np.ndarray]:
         dialogue = self._dialogues[int(windows.record[index])]
@@ -196,15 +205,26 @@ class Batches:
 
     def __getitem__(self, index: int) -> Row:
         """This process's rows of a step, `[B, T]` arrays, and int32 `stream` `[B]`."""
-        whole = [
-            (name, self._phase.first_row[name] + index * count + position)
-            for name, count in self._phase.rows
-            for position in range(count)
-        ]
+        whole = self._places(index)
         places = [whole[row] for row in self._rows]
         batch = stack([self._streams[name][row] for name, row in places], len(places), self._sequence_length)
         batch["stream"] = np.array([self._stream_ids[name] for name, _ in places], np.int32)
         return batch
+
+    def dialogue_ids(self, step: int) -> dict[str, list[str]]:
+        """By stream, the dialogues of all processes' rows of a step in `[start, stop)`."""
+        found: dict[str, list[str]] = {}
+        for name, row in self._places(step - self._phase.start):
+            found.setdefault(name, []).extend(self._streams[name].dialogue_ids(row))
+        return found
+
+    def _places(self, index: int) -> list[tuple[str, int]]:
+        """Stream and row number of every row of the global batch."""
+        return [
+            (name, self._phase.first_row[name] + index * count + position)
+            for name, count in self._phase.rows
+            for position in range(count)
+        ]
 
     def passes(self, step: int) -> dict[str, float]:
         """Passes over every stream that the steps before `step`, which is in `[start, stop]`, have made."""
