@@ -27,6 +27,7 @@ from pydantic_core import PydanticUndefined
 
 from ssl_jax import distributed
 from ssl_jax.errors import Preempted, TrainingDiverged, UserError
+from ssl_jax.signals import Signals
 
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 
@@ -43,8 +44,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     logging.addLevelName(logging.WARNING, "warning")
     code, text = 0, ""
     try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
+        with Signals().listen(interrupts=True):
+            main(sys.argv[1:])
+            sys.stdout.flush()
     except (UserError, TrainingDiverged, Preempted) as error:
         code, text = error.exit_code, f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}"
     except KeyboardInterrupt:

@@ -152,8 +152,9 @@ def primary_first(what: str, work: Callable[[], T]) -> T:
 
 def _ignore_signals() -> None:
     """Another signal would only keep a process that ends, which takes seconds, from telling the others."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():  # Python's rule; other threads are not interrupted
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _wait_for(key: str) -> str:

@@ -58,7 +58,8 @@ class Logbook:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             kept = _drop_after(workdir / "metrics.jsonl", resume_step)
-            _drop_after(workdir / "samples.jsonl", resume_step)
+            for name in ("samples.jsonl", "skipped.jsonl"):
+                _drop_after(workdir / name, resume_step)
             self._metrics = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
             # A lone surrogate becomes its JSON escape instead of an encoding error.
             self._samples = (workdir / "samples.jsonl").open("a", encoding="utf-8", errors="backslashreplace")
@@ -67,6 +68,8 @@ class Logbook:
         recorded = [line["time"] for line in kept if isinstance(line.get("time"), int | float)]
         self._started = time.monotonic() - max([resume_time, *recorded])
 
+        self._skipped = workdir / "skipped.jsonl"
+
         from tensorboardX import SummaryWriter
 
         self._tensorboard = SummaryWriter(
@@ -74,7 +77,7 @@ class Logbook:
             # TensorBoard forgets the events that earlier files hold past the resumed step.
             purge_step=resume_step + 1 if resume_step else 0,
             # Files are named by the second: without more, a quick restart would overwrite the earlier one.
-            filename_suffix=f".{os.getpid()}.{resume_step}",
+            filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}",
             flush_secs=10,
         )
         self._total_steps = total_steps
@@ -125,6 +128,21 @@ class Logbook:
         if self._primary:
             for row in rows:
                 self._append(self._samples, {"step": step, **row})
+
+    def skipped(self, step: int, values: Mapping[str, float], dialogues: Mapping[str, Sequence[str]]) -> None:
+        """Writes a line of `skipped.jsonl`: a step without an update, why, and by stream the ids of what it was fed.
+
+        Raises:
+          UserError: the file cannot be written (no space left).
+        """
+        if not self._primary:
+            return
+        record = {"step": step, **{name: str(value) for name, value in values.items()}, "dialogues": dict(dialogues)}
+        try:
+            with self._skipped.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                self._append(file, record)
+        except OSError as error:
+            raise UserError(f"{self._skipped}: cannot be written: {error.strerror}") from error
 
     def say(self, text: str) -> None:
         """Shows a line as it is, above the progress bar where there is one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,6 @@ from ssl_jax import (
     description,
     distributed,
     files,
-    hardware,
     loading,
     model,
     objectives,
@@ -23,6 +23,7 @@ from ssl_jax import (
     pretrained,
     programs,
     sharding,
+    spikes,
     step,
     storage,
     teachers,
@@ -42,7 +43,9 @@ from ssl_jax.pseudo_labels import rounds
 from ssl_jax.pseudo_labels.candidates import Kind
 from ssl_jax.pseudo_labels.make import Task, make_round
 from ssl_jax.signals import SharedSignals, Signals
+from ssl_jax.step_records import StepRecords
 from ssl_jax.training_streams import ROUNDS, TrainingStreams
+from ssl_jax.watchdog import Watchdog
 
 DEV, TEST = "labeled_dev", "labeled_test"
 
@@ -79,6 +82,8 @@ class Run:
             # What a checkpoint goes on from, rounds and lines of metrics, is never less safe than itself.
             before_manifest=self.place.push,
         )
+        self.rollbacks: list[spikes.Rollback] = []
+        self.watchdog = Watchdog(config.train.hang_warning_seconds, self._say_aside)
         self.eval_rows = config.train.per_device_eval_batch_size * sharding.row_shards(self.mesh)
 
     def train(self) -> dict[str, Any]:
@@ -89,13 +94,29 @@ class Run:
 
         Raises:
           Preempted: a signal arrived; a checkpoint was saved.
-          TrainingDiverged: too many steps in a row without a finite loss.
+          TrainingDiverged: too many steps in a row without a finite loss, or too many losses that jumped.
           UserError: the disk is full, a checkpoint does not fit the configuration, ….
         """
+        self.rollbacks = spikes.read(self.directory)
+        with self.watchdog.watching(), self.place.sent_at_end():
+            while True:
+                try:
+                    return self._go_on()
+                except spikes.LossSpiked as spiked:
+                    self._roll_back(spiked.spike)
+                except TrainingDiverged as diverged:
+                    raise TrainingDiverged(f"{diverged}\n{self._way_out()}") from None
+
+    def _go_on(self) -> dict[str, Any]:
+        """From the newest checkpoint to the end.
+
+        Raises:
+          LossSpiked: the run goes back; besides what `train` raises.
+        """
+        self.signals.saved(True)
         newest = self.checkpoints.newest()
         state, progress = self._restore(newest) if newest else (self.initial_state(), Progress())
         with (
-            self.place.sent_at_end(),
             Logbook(
                 self.directory,
                 resume_step=newest or 0,
@@ -103,6 +124,7 @@ class Run:
                 total_steps=self.plan.total_steps,
                 primary=distributed.is_primary(),
             ) as logbook,
+            self.signals.ending(logbook.close),
         ):
             if newest:
                 logbook.say(f"going on from checkpoint {newest}")
@@ -159,24 +181,36 @@ class Run:
             sequence_length=self.config.train.sequence_length,
             rows=sharding.local_rows(self.mesh, self.plan.rows),
         )
-        logbook.phase("train", ", ".join(f"{count} {name}" for name, count in phase.rows) + " rows a step")
+        self._enter(logbook, "train", ", ".join(f"{count} {name}" for name, count in phase.rows) + " rows a step")
+        if phase.start in self.plan.edges:
+            progress.losses.clear()
+        passed_over = spikes.steps_passed_over(self.rollbacks)
         train, window = self.config.train, Window(progress.unlogged)
+        records = StepRecords(self.config, self.plan, self.shape, batches, window, progress, logbook)
         late: tuple[int, step.Metrics] | None = None
         known = tuple(teacher.params for teacher in self.teachers.values())
         for number, batch in enumerate(batches.read(), start=phase.start):
-            rows = sharding.put_rows(batch, self.mesh)
-            with jax.transfer_guard("disallow"):
-                state, metrics = self.programs.train_step(state, rows, self._key, known)
+            done, metrics = number + 1, None
+            self.watchdog.moved(f"train, step {done}")
+            if done in passed_over:
+                state = self.programs.pass_over(state)
+            else:
+                rows = sharding.put_rows(batch, self.mesh)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = self.programs.train_step(state, rows, self._key, known)
+            self.signals.saved(False)
             # The device is busy with this step while the host reads the metrics of the last one.
             if late is not None:
-                self._record(late, batches, window, progress, logbook)
-            late = (number + 1, metrics)
-            done = number + 1
+                records.note(*late)
+            late = None if metrics is None else (done, metrics)
+            if late is None:
+                records.note_passed_over(done)
             evaluates, saves = done % train.eval_steps == 0, done % train.save_steps == 0
             stops = self.signals.after_step() is not None
             if evaluates or saves or stops or done == phase.stop:
-                self._record(late, batches, window, progress, logbook)
-                late = None
+                if late is not None:
+                    records.note(*late)
+                    late = None
                 metric = self._evaluate(done, state, progress, logbook) if evaluates else None
                 if evaluates or saves or stops:
                     self._save(state, progress, logbook, metric)
@@ -184,39 +218,23 @@ class Run:
                 window.restart()
         return state
 
-    def _record(
-        self,
-        late: tuple[int, step.Metrics],
-        batches: Batches,
-        window: Window,
-        progress: Progress,
-        logbook: Logbook,
-    ) -> None:
-        number, device_metrics = late
-        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-        fed = {name: int(metrics.pop(f"fed/{name}")) for name in objectives.STREAM_IDS}
-        for name, count in fed.items():
-            progress.tokens[name] += count
-        if metrics["skipped"]:
-            logbook.say(f"step {number}: loss or gradient is not finite; the update is skipped")
-            if metrics["skipped"] >= self.config.train.max_nonfinite_steps:
-                raise TrainingDiverged(
-                    f"loss or gradient was not finite {int(metrics['skipped'])} times in a row, up to step {number}; "
-                    f"the last good checkpoint is {self.checkpoints.newest()}; lower optimizer.learning_rate"
-                )
-        window.add(metrics, sum(fed.values()))
-        if number % self.config.train.logging_steps == 0 or number == self.plan.total_steps:
-            values: dict[str, float] = window.means()
-            rate = window.tokens_per_second()
-            values |= {"tokens": sum(progress.tokens.values()), "tokens_per_sec": rate}
-            values |= {f"tokens/{name}": count for name, count in progress.tokens.items()}
-            values |= {f"epoch/{name}": passes for name, passes in batches.passes(number).items()}
-            chip = hardware.chip_of(jax.devices()[0].device_kind)
-            if chip is not None:
-                flops = plan.flops_per_token(self.shape, self.config.train.sequence_length)
-                values["mfu"] = rate * flops / (chip.peak * jax.device_count())
-            logbook.metrics(number, values)
-            window.clear()
+    def _roll_back(self, spike: spikes.Spike) -> None:
+        """Notes that the run goes on from its newest checkpoint without the batches that led to a spike.
+
+        Raises:
+          TrainingDiverged: it has done so often enough.
+        """
+        if len(self.rollbacks) >= self.config.train.max_rollbacks:
+            raise TrainingDiverged(
+                f"{spike}, after {len(self.rollbacks)} rollbacks (train.max_rollbacks)\n{self._way_out()}"
+            )
+        checkpoint = self.checkpoints.newest() or 0
+        first = max(checkpoint + 1, spike.step + 1 - self.config.train.loss_spike_skip)
+        rollback = spikes.Rollback(spike, checkpoint, (first, spike.step))
+        self.rollbacks.append(rollback)
+        if distributed.is_primary():
+            spikes.write(self.directory, self.rollbacks)
+        self._say_aside(f"warning: {rollback}")
 
     # Events between steps --------------------------------------------------------------------------------------------
 
@@ -226,7 +244,7 @@ class Run:
         settings = self.config.evaluation
         metric = None
         if DEV in self.prepared.splits:
-            logbook.phase("evaluate")
+            self._enter(logbook, "evaluate")
             encoded, lengths = self.prepared.encoded(DEV), self.prepared.lengths(DEV)
             values = measure.quick(speaker, encoded, lengths, settings.dev_dialogues, rows=self.eval_rows)
             metric = values["reply_bits_per_byte"]
@@ -244,6 +262,7 @@ class Run:
         return metric
 
     def _save(self, state: step.TrainState, progress: Progress, logbook: Logbook, metric: float | None = None) -> None:
+        self.watchdog.moved("save")
         progress.seconds = logbook.elapsed()
         meta = {**progress.to_meta(), "scan_layers": self.shape.scan_layers, "seed": self.config.seed}
         meta |= {"labeled_rows": self.plan.labeled_rows, "rows": self.plan.rows}
@@ -257,12 +276,14 @@ class Run:
             if summary is None:
                 if not saved:
                     self._save(state, progress, logbook)
+                    self.checkpoints.wait()
+                    self.signals.saved(True)
                     saved = True
                 # What was drawn of it before an interruption, every process must find.
                 self.place.share(f"{name} {number} goes on", directory.name)
                 asked = self.sources.asked(name, number)
                 kind: Kind = "replies" if name == "pseudo" else "contexts"
-                logbook.phase("pseudo-label", f"round {number}, {kind} for {len(asked)} dialogues")
+                self._enter(logbook, "pseudo-label", f"round {number}, {kind} for {len(asked)} dialogues")
                 started = time.monotonic()
                 summary = make_round(
                     Task(
@@ -276,7 +297,7 @@ class Run:
                     self._speaker(state) if settings.teacher == "ema" else self._dialogue_model(state.params),
                     asked,
                     settings,
-                    between=lambda _: self._stop_if_asked(at),
+                    between=functools.partial(self._between_pieces, at),
                 )
                 self.place.share(f"{name} {number} is made", directory.name)
                 seconds = time.monotonic() - started
@@ -293,17 +314,22 @@ class Run:
                     "its rows go to other data; see the filters of pseudo_labels, or hold the round later"
                 )
 
+    def _between_pieces(self, at: int, _: int) -> None:
+        self.watchdog.moved()
+        self._stop_if_asked(at)
+
     def _finish(self, progress: Progress, logbook: Logbook) -> dict[str, Any]:
         """The final evaluation, with the best checkpoint or the last one."""
         chosen = loading.served_step(self.checkpoints, self.config.train)
         assert chosen is not None
         speaker = loading.load_checkpoint(self.place, step_number=chosen, mesh=self.mesh)
         split = TEST if TEST in self.prepared.splits else DEV
-        logbook.phase("evaluate", f"{split}, checkpoint {chosen}")
+        self.signals.saved(True)
+        self._enter(logbook, "evaluate", f"{split}, checkpoint {chosen}")
 
         def say(text: str) -> None:
             self._stop_if_asked(self.plan.total_steps)
-            logbook.phase("evaluate", text)
+            self._enter(logbook, "evaluate", text)
 
         result = {}
         if split in self.prepared.splits:
@@ -341,8 +367,24 @@ class Run:
     def _stop_if_asked(self, number: int) -> None:
         """Stops if any process was told to; all of them come here at the same points."""
         if (name := self.signals.now()) is not None:
+            self.watchdog.moved("save")
             self.checkpoints.wait()
             raise Preempted(f"{name} at step {number}; a checkpoint is saved, run the same command to go on")
+
+    def _way_out(self) -> str:
+        newest = self.checkpoints.newest()
+        stands = f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
+        return f"{stands}; lower optimizer.learning_rate, or look at the dialogues"
+
+    def _enter(self, logbook: Logbook, phase: str, detail: str = "") -> None:
+        """Shows what the run does from now on."""
+        self.watchdog.moved(f"{phase}: {detail}" if detail else phase)
+        logbook.phase(phase, detail)
+
+    def _say_aside(self, text: str) -> None:
+        """What any process has to say, whether a logbook is open or not."""
+        who = "" if distributed.is_primary() else f"process {jax.process_index()}: "
+        print(f"{who}{text}", file=sys.stderr, flush=True)
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

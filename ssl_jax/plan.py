@@ -63,7 +63,7 @@ class Plan:
     @property
     def taught_rows(self) -> int:
         """Most rows of a step that a teacher labels; labeled ones at the end of the run are taught in part."""
-        mixed = [start for start in self._edges if start < max(1, self.labeled_only_from)]
+        mixed = [start for start in self.edges if start < max(1, self.labeled_only_from)]
         rows = [dict(self.rows_at(start, ())) for start in mixed]
         return max(sum(count for name, count in one.items() if name in self.taught) for one in rows)
 
@@ -96,14 +96,15 @@ class Plan:
         """The run as phases of constant rows; `accepted` as of `rows_at`."""
         phases = []
         next_row: dict[str, int] = dict.fromkeys(STREAM_IDS, 0)
-        for start, stop in itertools.pairwise(self._edges):
+        for start, stop in itertools.pairwise(self.edges):
             rows = self.rows_at(start, accepted)
             phases.append(Phase(start, stop, rows, next_row))
             next_row = phases[-1].drawn_before(stop)
         return phases
 
     @property
-    def _edges(self) -> list[int]:
+    def edges(self) -> list[int]:
+        """Steps at which the rows of a step may become others, the first and the last one among them."""
         return sorted({0, *self.round_steps, self.pretrain_until, self.labeled_only_from, self.total_steps})
 
 

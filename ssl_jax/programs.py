@@ -30,6 +30,7 @@ class Programs:
       abstract_state: `jax.ShapeDtypeStruct` leaves with shardings.
       init_state: jitted `(key[, params]) → state`.
       train_step: jitted `(state, batch, key, teachers) → (state, metrics)`; the state is donated.
+      pass_over: jitted `state → state`, a step that learns nothing; the state is donated.
     """
 
     shape: GPT2
@@ -38,6 +39,7 @@ class Programs:
     abstract_state: step.TrainState
     init_state: Any
     train_step: Any
+    pass_over: Any
 
 
 def make(config: Config, plan: Plan, shape: GPT2, mesh: Mesh, teacher_shapes: Mapping[str, GPT2]) -> Programs:
@@ -83,6 +85,7 @@ def make(config: Config, plan: Plan, shape: GPT2, mesh: Mesh, teacher_shapes: Ma
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         ),
+        pass_over=jax.jit(step.pass_over, donate_argnums=0, out_shardings=shardings),
     )
 
 

@@ -21,12 +21,14 @@ class Progress:
       seconds: wall time of the run so far.
       best: lowest dev reply_bits_per_byte and its step.
       unlogged: metrics of the steps since the last line of metrics, so that a mean does not depend on interruptions.
+      losses: of the last steps that drew the same streams, which the next one is compared with.
     """
 
     tokens: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(objectives.STREAM_IDS, 0))
     seconds: float = 0.0
     best: tuple[float, int] | None = None
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
 
     def to_meta(self) -> dict[str, Any]:
         """As JSON values."""
@@ -36,7 +38,13 @@ class Progress:
     def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
         """Back from JSON values."""
         best = meta["best"]
-        return cls(dict(meta["tokens"]), meta["seconds"], (best[0], best[1]) if best else None, meta["unlogged"])
+        return cls(
+            dict(meta["tokens"]),
+            meta["seconds"],
+            (best[0], best[1]) if best else None,
+            meta["unlogged"],
+            meta.get("losses", []),
+        )
 
 
 class Window:
@@ -60,6 +68,10 @@ class Window:
         self._tokens += tokens
         self._seconds += now - self._since
         self._since = now
+
+    def __len__(self) -> int:
+        """Steps since the last line."""
+        return len(self._rows)
 
     def means(self) -> dict[str, float]:
         """Mean loss, and per loss term the mean over its tokens; the newest learning rate and gradient norm."""

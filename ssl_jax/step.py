@@ -179,6 +179,11 @@ def train_step(
     return next_state, metrics
 
 
+def pass_over(state: TrainState) -> TrainState:
+    """The state after a step that learns nothing from its batch."""
+    return dataclasses.replace(state, step=state.step + 1)
+
+
 def score(shape: model.GPT2, params: model.Params, batch: Batch) -> jax.Array:
     """Negative log-likelihood of every target, float32 `[B, T]`, nats; padding included."""
     hidden = model.forward(shape, params, batch["tokens"], batch["positions"], batch["segment_ids"])

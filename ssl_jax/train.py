@@ -7,6 +7,7 @@ nothing; with `--topology v5e:16x16` it compiles for that TPU slice without havi
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ssl_jax import agreement, command_line, distributed, pretrained, storage, workdir
+from ssl_jax import agreement, command_line, distributed, ownership, pretrained, storage, workdir
 from ssl_jax.config import Config
 from ssl_jax.evaluation.tables import metric_lines
 
@@ -44,6 +45,12 @@ def main(arguments: Sequence[str]) -> None:
     config = pretrained.resolve(config)
     agreement.check(config.model_dump(mode="json"))
     place = storage.place(config.workdir)
+    with ownership.held(place) if distributed.is_primary() else contextlib.nullcontext():
+        run(config, place)
+
+
+def run(config: Config, place: storage.Place) -> None:
+    """The run in a work directory that nobody else uses."""
     distributed.primary_first("claim the work directory", lambda: workdir.claim(place, config))
     if (summary := workdir.read_summary(place.local)) is not None:
         if distributed.is_primary():

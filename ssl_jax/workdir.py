@@ -31,6 +31,7 @@ FREE_FIELDS = (
     "data.prepared_dir",
     "train.logging_steps",
     "train.save_total_limit",
+    "train.hang_warning_seconds",
     "train.per_device_train_batch_size",
     "train.per_device_eval_batch_size",
     "train.gradient_accumulation_steps",

@@ -87,6 +87,26 @@ class Train(Section):
     max_nonfinite_steps: int = Field(
         default=10, ge=1, description="Updates in a row that may be skipped for a non-finite loss before giving up."
     )
+    loss_spike_threshold: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="A loss so many standard deviations above the mean of the steps before, such as 6, sends the run "
+        "back to its last checkpoint, and the batches up to it are passed over; absent: never.",
+    )
+    loss_spike_window: int = Field(
+        default=64, ge=8, le=100_000, description="Steps whose losses a loss is compared with, of the same streams."
+    )
+    loss_spike_skip: int = Field(default=8, ge=1, description="Most batches that are passed over for one spike.")
+    max_rollbacks: int = Field(
+        default=5, ge=1, description="Spikes that send the run back before one of them ends it as diverged."
+    )
+    hang_warning_seconds: float = Field(
+        default=600.0,
+        ge=0,
+        le=1e9,
+        description="Time without a step or another sign of life after which a warning says where the run is; 0: none.",
+    )
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Train:
