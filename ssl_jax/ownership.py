@@ -25,8 +25,6 @@ from ssl_jax import distributed, storage
 from ssl_jax.errors import UserError
 from ssl_jax.storage import Place
 
-LOCK = "lock"
-
 # How often the owner of a bucket shows that it lives, and how long somebody else watches for that.
 _RENEW_SECONDS, _WATCH_SECONDS = 10.0, 25.0
 # Two who take a bucket over at once: the one who wrote last sees its own name after this.
@@ -48,7 +46,7 @@ def held(place: Place) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held_folder(folder: Path) -> Iterator[None]:
-    path = folder / LOCK
+    path = folder / storage.LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
@@ -96,7 +94,7 @@ def _lock(path: Path) -> int:
 @contextlib.contextmanager
 def _held_bucket(place: Place) -> Iterator[None]:
     store = storage.filesystem(place.name)
-    name = f"{store._strip_protocol(place.name)}/{LOCK}"
+    name = f"{store._strip_protocol(place.name)}/{storage.LOCK}"
     card, done = _card(), threading.Event()
 
     def content() -> bytes | None:

@@ -57,6 +57,9 @@ _FORBIDDEN = re.compile(
     r"\b40[13]\b|denied|forbidden|credential|unauthorized|permission|InvalidAccessKey", re.IGNORECASE
 )
 
+LOCK = "lock"
+"""Who uses a place, see `ownership`."""
+
 _NOT_MIRRORED = "checkpoints"
 _COMPLETE = "summary.json"
 _TEMPORARY = re.compile(r".*\.[0-9a-f]{32}\.partial|.*\.tmp")
@@ -513,7 +516,7 @@ def _is_below(name: str, parents: tuple[str, ...]) -> bool:
 
 def _is_mirrored(name: str) -> bool:
     parts = name.split("/")
-    return parts[0] != _NOT_MIRRORED and not any(_TEMPORARY.fullmatch(part) for part in parts)
+    return parts != [LOCK] and parts[0] != _NOT_MIRRORED and not any(_TEMPORARY.fullmatch(part) for part in parts)
 
 
 def _key(url: str) -> str:

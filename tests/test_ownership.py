@@ -52,8 +52,8 @@ def test_what_a_dead_process_held_is_free(holder: Any, tmp_path: Path, number: s
     holder.send_signal(number)
     holder.wait(30)
     with ownership.held(storage.place(tmp_path)):
-        assert str(os.getpid()) in (tmp_path / ownership.LOCK).read_text()
-    assert not (tmp_path / ownership.LOCK).exists()
+        assert str(os.getpid()) in (tmp_path / storage.LOCK).read_text()
+    assert not (tmp_path / storage.LOCK).exists()
 
 
 def test_a_lock_that_is_taken_away_in_between_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,14 +62,14 @@ def test_a_lock_that_is_taken_away_in_between_is_taken_anew(tmp_path: Path, monk
 
     def remove_first(lock: int, how: int) -> None:
         if not turns:
-            (tmp_path / ownership.LOCK).unlink()
+            (tmp_path / storage.LOCK).unlink()
         turns.append(lock)
         flock(lock, how)
 
     monkeypatch.setattr(ownership.fcntl, "flock", remove_first)
     with ownership.held(storage.place(tmp_path)):
         assert len(turns) == 2
-        assert os.path.samestat(os.fstat(turns[-1]), (tmp_path / ownership.LOCK).stat())
+        assert os.path.samestat(os.fstat(turns[-1]), (tmp_path / storage.LOCK).stat())
 
 
 def test_only_one_of_many_at_once_gets_it(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_only_one_of_many_at_once_gets_it(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert max(most) == 1 and refused and not (tmp_path / ownership.LOCK).exists()
+    assert max(most) == 1 and refused and not (tmp_path / storage.LOCK).exists()
 
 
 class Store:
