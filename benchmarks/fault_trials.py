@@ -161,7 +161,7 @@ def random_of(kind: str, number: int, seed: int) -> np.random.Generator:
     return np.random.default_rng((seed, zlib.crc32(kind.encode()), number))
 
 
-# Processes that are stopped ----------------------------------------------------------------------------------------------
+# Processes that are stopped -------------------------------------------------------------------------------------------
 
 
 def stopped(work: Workload, place: Path, random: np.random.Generator, number: signal.Signals) -> Trial:
@@ -246,7 +246,7 @@ def go_on(work: Workload, place: Path, *, user: int | None = None) -> Trial:
     return result | {"differences": work.differences(place / "run")}
 
 
-# Files that are damaged ---------------------------------------------------------------------------------------------------
+# Files that are damaged -----------------------------------------------------------------------------------------------
 
 
 def damaged_checkpoint(work: Workload, _: Path, random: np.random.Generator, how: faults.Damage) -> Trial:

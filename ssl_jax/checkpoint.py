@@ -192,6 +192,21 @@ class Checkpoints:
             for name, abstract in abstract_items.items()
         }
 
+    def drop_after(self, step: int) -> None:
+        """Removes all later steps, good or not: what they went on from is lost, so that they cannot be gone on from."""
+        self.wait()
+
+        def drop() -> str:
+            for later in [other for other in self._step_folders() if other > step]:
+                if (self._path(later) / MANIFEST).exists():
+                    (self._path(later) / MANIFEST).unlink()
+                files.remove_folder(self._path(later))
+                self._known_good.discard(later)
+            return ""
+
+        with self._explained("write"):
+            _agree(drop)
+
     def close(self) -> None:
         """Waits for the last save and frees the threads; raises as `wait` does."""
         try:

@@ -92,7 +92,7 @@ class Run:
           TrainingDiverged: too many steps in a row without a finite loss.
           UserError: the disk is full, a checkpoint does not fit the configuration, ….
         """
-        newest = self.checkpoints.newest()
+        newest = self._newest_with_rounds()
         state, progress = self._restore(newest) if newest else (self.initial_state(), Progress())
         with (
             self.place.sent_at_end(),
@@ -246,7 +246,7 @@ class Run:
     def _save(self, state: step.TrainState, progress: Progress, logbook: Logbook, metric: float | None = None) -> None:
         progress.seconds = logbook.elapsed()
         meta = {**progress.to_meta(), "scan_layers": self.shape.scan_layers, "seed": self.config.seed}
-        meta |= {"labeled_rows": self.plan.labeled_rows, "rows": self.plan.rows}
+        meta |= {"labeled_rows": self.plan.labeled_rows, "rows": self.plan.rows, **self._origin()}
         self.checkpoints.save(int(state.step), _checkpoint_items(state), meta, metric=metric)
 
     def _hold_round(self, number: int, at: int, state: step.TrainState, progress: Progress, logbook: Logbook) -> None:
@@ -351,6 +351,16 @@ class Run:
         rows = {"pseudo": self.plan.pseudo_rows, "translated": self.plan.translated_rows}
         return {name: self.directory / ROUNDS[name] for name, number in rows.items() if number}
 
+    def _newest_with_rounds(self) -> int | None:
+        """The newest checkpoint whose rounds are there; those after a round that is lost go, which makes it again."""
+        places, steps = list(self._rounds().values()), self.plan.round_steps
+        whole = distributed.primary_first("mend rounds", lambda: rounds.mend(places, len(steps)))
+        newest = self.checkpoints.newest()
+        if newest is None or whole == len(steps) or newest <= steps[whole]:
+            return newest
+        self.checkpoints.drop_after(steps[whole])
+        return self.checkpoints.newest()
+
     def _accepted(self) -> list[dict[str, int]]:
         """What each finished round accepted, by stream."""
         accepted = []
@@ -370,6 +380,7 @@ class Run:
 
     def _restore(self, number: int) -> tuple[step.TrainState, Progress]:
         meta = self.checkpoints.meta(number)
+        self._check_origin(number, meta)
         self._check_rows(meta)
         restored = self.checkpoints.restore(number, _checkpoint_items(self.programs.abstract_state))
         counters = restored["optimizer"]
@@ -382,6 +393,23 @@ class Run:
             confidence=counters.get("confidence"),
         )
         return state, Progress.from_meta(meta)
+
+    def _origin(self) -> dict[str, Any]:
+        """What a checkpoint is of, beside its step."""
+        return {"config": workdir.fingerprint(self.config), "data": self.prepared.summary["content_hash"]}
+
+    def _check_origin(self, number: int, meta: Mapping[str, Any]) -> None:
+        """Makes sure that a checkpoint is of this configuration and these data, whatever the work directory says.
+
+        Raises:
+          UserError: it is not.
+        """
+        for name, value in self._origin().items():
+            if meta.get(name, value) != value:
+                what = {"config": "another configuration", "data": "other data"}[name]
+                raise UserError(
+                    f"checkpoint {number} in {self.place.name} was made with {what}; name another --workdir"
+                )
 
     def _check_rows(self, meta: Mapping[str, Any]) -> None:
         """Makes sure that a run goes on with the rows a step that it began with, whatever the devices.

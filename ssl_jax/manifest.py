@@ -37,17 +37,18 @@ def decode(content: bytes) -> dict[str, Any] | None:
     return body if encode(body) == content else None
 
 
-def write(folder: Any, body: Mapping[str, Any]) -> None:
+def write(folder: Any, body: Mapping[str, Any], *, without: str | None = None) -> None:
     """Makes the files of a folder durable, then the manifest that declares them, in this order.
 
     Args:
       folder: as `storage.Place.path` gives it.
       body: what the manifest says besides `files`.
+      without: name of a file that is not part of what is made.
 
     Raises:
       OSError: a file cannot be read, or the manifest not written.
     """
-    names = [name for name in storage.names_below(folder) if name.split("/")[-1] != NAME]
+    names = [name for name in storage.names_below(folder) if name.split("/")[-1] != NAME and name != without]
     for name in names:
         files.sync(folder / name)
     declared = {}
@@ -77,9 +78,15 @@ def read(path: Any) -> dict[str, Any]:
     return body
 
 
-def difference(folder: Any, declared: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """How the files of a folder differ from what a manifest declares of them, the first difference, or None."""
-    for name, found in _digests(folder, list(declared)):
+def difference(folder: Any, declared: Mapping[str, Mapping[str, Any]], *, at_once: int = 1) -> str | None:
+    """How the files of a folder differ from what a manifest declares of them, the first difference, or None.
+
+    Args:
+      folder: as `storage.Place.path` gives it.
+      declared: `bytes` and `sha256` of files by name.
+      at_once: how many of a folder of this machine are read together.
+    """
+    for name, found in _digests(folder, list(declared), at_once):
         if isinstance(found, OSError):
             return f"{name} cannot be read: {found.strerror or found}"
         if found[0] != declared[name]["bytes"]:
@@ -97,7 +104,7 @@ def problem(folder: Any) -> str | None:
         return str(error)
 
 
-def _digests(folder: Any, names: Sequence[str]) -> Iterator[tuple[str, tuple[int, str] | OSError]]:
+def _digests(folder: Any, names: Sequence[str], at_once: int = 1) -> Iterator[tuple[str, tuple[int, str] | OSError]]:
     """Size and SHA-256 of every file of a folder, or why it cannot be read; many at once of a bucket."""
 
     def digest(name: str) -> tuple[str, tuple[int, str] | OSError]:
@@ -106,8 +113,9 @@ def _digests(folder: Any, names: Sequence[str]) -> Iterator[tuple[str, tuple[int
         except OSError as error:
             return name, error
 
-    if isinstance(folder, Path):
+    is_here = isinstance(folder, Path)
+    if is_here and at_once == 1:
         yield from map(digest, names)
         return
-    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+    with concurrent.futures.ThreadPoolExecutor(at_once if is_here else _READS_AT_ONCE) as threads:
         yield from threads.map(digest, names)
