@@ -75,8 +75,6 @@ class Process:
             errors="replace",
             user=user,
             group=user,
-            # A writer of files that are too large for a limit is told so instead of being killed.
-            start_new_session=True,
         )
         self._threads = [
             threading.Thread(target=self._read, args=pair, daemon=True)
@@ -214,22 +212,42 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         _quiet("umount", "--lazy", str(folder))
 
 
-def resize_disk(folder: Path, size: int) -> None:
-    """Makes the disk at a folder larger or smaller."""
-    _quiet("mount", "-o", f"remount,size={size}", str(folder))
-
-
-def fill_disk(folder: Path) -> Path:
-    """Writes a file until nothing fits any more; returns the file."""
+def fill_disk(folder: Path, *, leave: int = 0) -> Path:
+    """Writes a file until no more than `leave` bytes fit on the disk at a folder; returns the file."""
     filler = folder / "filler"
-    with open(filler, "wb", buffering=0) as stream, contextlib.suppress(OSError):
+    with open(filler, "ab", buffering=0) as stream:
         size = 2**20
-        while size:
+        while size and (free := shutil.disk_usage(folder).free) > leave:
             try:
-                stream.write(b"\0" * size)
+                stream.write(b"\0" * min(size, free - leave))
             except OSError:
                 size //= 2
     return filler
+
+
+# Root may write everywhere; this user may not.
+NOBODY = 65534
+
+
+def give_to(folder: Path, user: int) -> None:
+    """Makes a folder, with all in it, that of a user."""
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, user, user)
+
+
+def set_writable(folder: Path, writable: bool) -> None:
+    """Gives its owner the right to write in a folder and below it, or takes it."""
+    for path in (folder, *folder.rglob("*")):
+        # A file may go while the folder is walked.
+        with contextlib.suppress(FileNotFoundError):
+            path.chmod((0o755 if writable else 0o555) if path.is_dir() else (0o644 if writable else 0o444))
+
+
+def open_to_all(*folders: Path) -> None:
+    """Lets every user read and write what is in folders."""
+    for folder in folders:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o666)
 
 
 def _quiet(*command: str) -> None:

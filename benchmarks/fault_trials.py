@@ -30,7 +30,9 @@ import tiny
 
 from ssl_jax import files, manifest
 from ssl_jax.checkpoint import MANIFEST, Checkpoints
+from ssl_jax.data import store
 from ssl_jax.errors import UserError
+from ssl_jax.pseudo_labels import rounds
 
 # Of a process that should have ended long ago.
 HANG_SECONDS = 180.0
@@ -221,16 +223,17 @@ def phase(process: faults.Process, place: Path) -> str:
     return "compile" if last.startswith("train:") else "train"
 
 
-def go_on(work: Workload, place: Path, *, user: int | None = None) -> Trial:
+def go_on(work: Workload, place: Path, variables: Mapping[str, str] | None = None, *, user: int | None = None) -> Trial:
     """Starts the run again until it is done, and compares what it became with the undisturbed one."""
     checkpoints = Checkpoints(place / "run" / "checkpoints")
     with quiet():
         saved = checkpoints.newest() or 0
-    lost, starts, warnings = 0, 0, []
+    lost, starts, tracebacks, warnings = 0, 0, 0, []
     for starts in range(1, MOST_STARTS + 1):
-        with work.start(place, user=user) as process:
+        with work.start(place, variables, user=user) as process:
             code = process.end(HANG_SECONDS)
             errors = process.errors()
+        tracebacks += _TRACEBACK in "\n".join(errors)
         warnings += [line for line in errors if line.startswith(("warning", "error"))]
         if starts == 1 and not any(line.text.startswith("prepared data") for line in process.lines):
             went_on = saved  # done already: nothing was restored
@@ -240,7 +243,8 @@ def go_on(work: Workload, place: Path, *, user: int | None = None) -> Trial:
             lost = saved - went_on
         if code == 0 or code is None:
             break
-    result = {"saved": saved, "lost": lost, "starts": starts, "final_code": code, "warnings": warnings[:3]}
+    result = {"saved": saved, "lost": lost, "starts": starts, "final_code": code}
+    result |= {"tracebacks": tracebacks, "warnings": [line.replace(str(place), "") for line in warnings[:3]]}
     if code != 0:
         return result | {"differences": ["it did not end well"], "last": errors[-3:]}
     return result | {"differences": work.differences(place / "run")}
@@ -275,6 +279,138 @@ def damaged_checkpoint(work: Workload, _: Path, random: np.random.Generator, how
         "wrong": not is_right or not refused,
         "as_promised": refused and has_warned,
     }
+
+
+def damaged_data(work: Workload, _: Path, random: np.random.Generator, how: faults.Damage) -> Trial:
+    """Damages a file of the prepared data: opening them notices."""
+    (folder,) = (path.parent for path in (work.half / "prepared").glob("*/manifest.json"))
+    path = faults.choose_file(folder, random)
+    name = path.relative_to(folder).as_posix()
+    with faults.damaged(path, how, random) as what:
+        found = store.problem(folder)
+    is_named = found is not None and found.startswith((name, f"no {name}"))
+    return {"file": name, "what": what, "lost": 0, "wrong": found is None, "as_promised": is_named}
+
+
+def damaged_round(work: Workload, _: Path, random: np.random.Generator, how: faults.Damage) -> Trial:
+    """Damages a file of a round of pseudo-labels or of its copy: it is mended."""
+    folder = work.half / "run" / "pseudo_labels"
+    path = faults.choose_file(folder, random)
+    before = _content(folder)
+    with faults.damaged(path, how, random) as what, heard() as warnings:
+        whole = rounds.mend([folder], 1)
+        after = _content(folder)
+    return {
+        "file": path.relative_to(folder).as_posix(),
+        "what": what,
+        "lost": 1 - whole,
+        "wrong": after != before,
+        "as_promised": len(warnings) == 1 and path.name in warnings[0],
+    }
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def damaged_and_started_again(work: Workload, place: Path, random: np.random.Generator, what: str) -> Trial:
+    """Damages a file of an interrupted run: the same command notices, and ends as the undisturbed run."""
+    shutil.copytree(work.half, place, dirs_exist_ok=True)
+    folder = place / what
+    if what == "run":
+        paths = [path for path in (*folder.iterdir(), *(folder / "tokenizer").iterdir()) if path.is_file()]
+        paths = sorted(path for path in paths if path.stat().st_size)
+        path = paths[int(random.integers(len(paths)))]
+    else:
+        path = faults.choose_file(folder, random)
+    how = faults.DAMAGES[int(random.integers(len(faults.DAMAGES)))]
+    name = path.relative_to(place).as_posix()
+    trial = {"file": name, "what": faults.damage(path, how, random)}
+    trial |= go_on(work, place)
+    # Lines of a damaged log are gone; that is all.
+    lost_lines = {path.name} if path.suffix == ".jsonl" else set()
+    trial["differences"] = [one for one in trial["differences"] if one not in lost_lines]
+    return trial | {"as_promised": trial["starts"] == 1 and trial["final_code"] == 0 and not trial["tracebacks"]}
+
+
+# Disks and clocks -----------------------------------------------------------------------------------------------------
+
+# What is on its way when the disk fills: the line that the run says just before.
+_FILLS_AT = {
+    "prepare": None,
+    "metrics": "train:",
+    "save": "step 4/",
+    "round": "pseudo-label",
+    "final evaluation": "evaluate: labeled_test",
+}
+_DISK_BYTES = 2**28
+
+
+def full_disk(work: Workload, place: Path, random: np.random.Generator) -> Trial:
+    """Fills the disk that work directory and prepared data are on, and makes room again when the run has ended."""
+    moment = sorted(_FILLS_AT)[int(random.integers(len(_FILLS_AT)))]
+    text = _FILLS_AT[moment]
+    with faults.small_disk(place, _DISK_BYTES):
+        # Preparing fails somewhere, later phases wherever they write next.
+        prepared = sum(path.stat().st_size for path in (work.half / "prepared").rglob("*") if path.is_file())
+        filler = faults.fill_disk(place, leave=int(random.integers(prepared)) if text is None else _DISK_BYTES)
+        with work.start(place) as process:
+            if text is not None:
+                process.wait_for(text, HANG_SECONDS)
+                faults.fill_disk(place)
+            code = process.end(HANG_SECONDS)
+            trial = {"phase": moment, "code": code} | _refusal(process, place, code)
+        filler.unlink()
+        return trial | go_on(work, place)
+
+
+def read_only(work: Workload, place: Path, random: np.random.Generator) -> Trial:
+    """Takes the right to write from the run's folders, as another user than root, and gives it back when it ended."""
+    moment = ("at the start", "between two starts", "amid the run")[int(random.integers(3))]
+    if moment == "between two starts":
+        shutil.copytree(work.half, place, dirs_exist_ok=True)
+    faults.open_to_all(work.folder, tiny.scratch())
+    faults.give_to(place, faults.NOBODY)
+    if moment != "amid the run":
+        faults.set_writable(place, False)
+    home = {"HOME": str(work.folder)}
+    with work.start(place, home, user=faults.NOBODY) as process:
+        if moment == "amid the run":
+            after, delay = _moment(work, random)
+            process.wait_for_marks(after, HANG_SECONDS)
+            time.sleep(delay)
+            faults.set_writable(place, False)
+        code = process.end(HANG_SECONDS)
+        trial = {"phase": moment, "code": code} | _refusal(process, place, code)
+    faults.set_writable(place, True)
+    return trial | go_on(work, place, home, user=faults.NOBODY)
+
+
+def _refusal(process: faults.Process, place: Path, code: int | None) -> Trial:
+    """Whether a run that could not write said so as promised: two lines at most, which name the path, and code 2."""
+    errors = process.errors()
+    first = next((number for number, line in enumerate(errors) if line.startswith("error:")), len(errors))
+    said = errors[first:]
+    is_told = 1 <= len(said) <= 2 and str(place) in said[0]
+    has_traceback = _TRACEBACK in "\n".join(errors)
+    is_promised = not has_traceback and (code == 0 or (code == 2 and is_told))
+    return {"said": [line.replace(str(place), "") for line in said[:3]], "as_promised": is_promised}
+
+
+def jumping_clock(work: Workload, place: Path, random: np.random.Generator) -> Trial:
+    """Turns the clock by hours, forwards and back, and kills the run in between; it goes on with an earlier time."""
+    jumps = [(random.uniform(0, work.seconds), by * 3600 * random.uniform(1, 48)) for by in (1, -1)]
+    after, delay = _moment(work, random)
+    paths = f"{place / 'clock'}:{tiny.ROOT}"
+    with work.start(place, {**faults.jumping_clock(place / "clock", jumps), "PYTHONPATH": paths}) as process:
+        process.wait_for_marks(after, HANG_SECONDS)
+        time.sleep(delay)
+        process.send(signal.SIGKILL)
+        code = process.end(HANG_SECONDS)
+        trial = {"phase": phase(process, place), "code": code, "jumps": [[round(x, 1) for x in jump] for jump in jumps]}
+    back = faults.jumping_clock(place / "clock", [(0.0, -3600 * random.uniform(1, 48))])
+    trial |= go_on(work, place, {**back, "PYTHONPATH": paths})
+    return trial | {"as_promised": code in (-signal.SIGKILL, 0) and trial["starts"] == 1}
 
 
 @contextlib.contextmanager
@@ -319,14 +455,27 @@ class Kind:
 
 
 _FLIPS, _OTHERS = 200, 50
+_DAMAGED = {"checkpoints": damaged_checkpoint, "prepared data": damaged_data, "rounds": damaged_round}
+_NAMES: dict[faults.Damage, str] = {"flip": "a bit", "truncate": "cut short", "delete": "deleted", "empty": "emptied"}
 KINDS = {
     "SIGKILL": Kind(50, functools.partial(stopped, number=signal.SIGKILL)),
     "SIGTERM": Kind(20, functools.partial(stopped, number=signal.SIGTERM)),
     **{
-        f"checkpoints: {how}": Kind(
-            _FLIPS if how == "flip" else _OTHERS, functools.partial(damaged_checkpoint, how=how)
-        )
-        for how in faults.DAMAGES
+        f"{what}: {name}": Kind(_FLIPS if how == "flip" else _OTHERS, functools.partial(function, how=how))
+        for what, function in _DAMAGED.items()
+        for how, name in _NAMES.items()
     },
+    **{
+        f"{what}, run again": Kind(trials, functools.partial(damaged_and_started_again, what=folder))
+        for what, folder, trials in (
+            ("checkpoints", "run/checkpoints", 10),
+            ("prepared data", "prepared", 10),
+            ("rounds", "run/pseudo_labels", 10),
+            ("other files of the work directory", "run", 20),
+        )
+    },
+    "full disk": Kind(15, full_disk),
+    "read-only folders": Kind(9, read_only),
+    "clock that jumps": Kind(6, jumping_clock),
 }
 """By name."""
