@@ -14,22 +14,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import ending, files, orbax_s3, storage
+from ssl_jax import ending, files, manifest, orbax_s3, storage
 from ssl_jax.errors import UserError
 
 PyTree = Any
 
-MANIFEST = "manifest.json"
+MANIFEST = manifest.NAME
 
 # Orbax creates this file first in every checkpoint: a folder with it, but without a manifest, is a save cut off.
 _ORBAX_MARK = "_CHECKPOINT_METADATA"
@@ -38,9 +37,6 @@ _ORBAX_MARK = "_CHECKPOINT_METADATA"
 _STORAGE_FAILURE = re.compile(
     r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|FAILED_PRECONDITION|NOT_FOUND|UNAVAILABLE|OS error|os_error"
 )
-
-# Of a bucket, whose single answers are slow.
-_READS_AT_ONCE = 16
 
 _log = logging.getLogger(__name__)
 
@@ -196,6 +192,21 @@ class Checkpoints:
             for name, abstract in abstract_items.items()
         }
 
+    def drop_after(self, step: int) -> None:
+        """Removes all later steps, good or not: what they went on from is lost, so that they cannot be gone on from."""
+        self.wait()
+
+        def drop() -> str:
+            for later in [other for other in self._step_folders() if other > step]:
+                if (self._path(later) / MANIFEST).exists():
+                    (self._path(later) / MANIFEST).unlink()
+                files.remove_folder(self._path(later))
+                self._known_good.discard(later)
+            return ""
+
+        with self._explained("write"):
+            _agree(drop)
+
     def close(self) -> None:
         """Waits for the last save and frees the threads; raises as `wait` does."""
         try:
@@ -236,7 +247,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             if self._before_manifest is not None:
                 self._before_manifest()
-            _write_manifest(self._path(step), body)
+            manifest.write(self._path(step), body)
             self._known_good.add(step)
             self._delete_superfluous()
 
@@ -354,79 +365,22 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _write_manifest(folder: Any, body: dict[str, Any]) -> None:
-    """Makes the step's files durable, then the manifest that declares them, in this order."""
-    names = [name for name in storage.names_below(folder) if name.split("/")[-1] != MANIFEST]
-    for name in names:
-        files.sync(folder / name)
-    declared = {}
-    for name, found in _digests(folder, names):
-        if isinstance(found, OSError):
-            raise found
-        declared[name] = {"bytes": found[0], "sha256": found[1]}
-    with files.replacing(folder / MANIFEST) as stream:
-        stream.write(_encode({**body, "files": declared}))
-    files.sync(folder)
-    files.sync(folder.parent)
-
-
-def _encode(body: Mapping[str, Any]) -> bytes:
-    """The manifest's only spelling: with its own digest, so that a changed byte anywhere in it shows."""
-    text = json.dumps(body, indent=1, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True).encode()
-
-
-def _digests(folder: Any, names: Sequence[str]) -> Iterator[tuple[str, tuple[int, str] | OSError]]:
-    """Size and SHA-256 of every file of a folder, or why it cannot be read; many at once of a bucket."""
-
-    def digest(name: str) -> tuple[str, tuple[int, str] | OSError]:
-        try:
-            return name, files.digest(folder / name)
-        except OSError as error:
-            return name, error
-
-    if isinstance(folder, Path):
-        yield from map(digest, names)
-        return
-    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as threads:
-        yield from threads.map(digest, names)
-
-
 def _read_manifest(folder: Any) -> dict[str, Any]:
     """Raises ValueError, with the reason, if the manifest is absent or not as it was written."""
-    try:
-        content = (folder / MANIFEST).read_bytes()
-    except OSError:
-        raise ValueError(f"no {MANIFEST}: the save was cut off, or this is not a checkpoint") from None
-    try:
-        body = json.loads(content)
-        del body["sha256"]
-    except (ValueError, TypeError, KeyError):
-        body = {}
-    if _encode(body) != content:
-        raise ValueError(f"{MANIFEST} is damaged")
-    return body
+    return manifest.read(folder / MANIFEST)
 
 
 def _problem(folder: Any, items: Mapping[str, Any] | None = None) -> str | None:
     """Why a step cannot be trusted, or None. With `items`, files of other items are not looked at."""
     try:
-        manifest = _read_manifest(folder)
+        stored = _read_manifest(folder)
     except ValueError as error:
         return str(error)
-    if manifest["step"] != int(folder.name):
-        return f"{MANIFEST} is that of step {manifest['step']}"
-    others = set(manifest["items"]).difference(items if items is not None else manifest["items"])
-    declared = {name: file for name, file in manifest["files"].items() if name.split("/")[0] not in others}
-    for name, found in _digests(folder, list(declared)):
-        if isinstance(found, OSError):
-            return f"{name} cannot be read: {found.strerror or found}"
-        if found[0] != declared[name]["bytes"]:
-            return f"{name} has {found[0]} bytes instead of {declared[name]['bytes']}"
-        if found[1] != declared[name]["sha256"]:
-            return f"{name} differs from what was written (SHA-256)"
-    return None
+    if stored["step"] != int(folder.name):
+        return f"{MANIFEST} is that of step {stored['step']}"
+    others = set(stored["items"]).difference(items if items is not None else stored["items"])
+    declared = {name: file for name, file in stored["files"].items() if name.split("/")[0] not in others}
+    return manifest.difference(folder, declared)
 
 
 def _agree(decide: Callable[[], str], own: str = "") -> str:

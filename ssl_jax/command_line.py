@@ -8,6 +8,7 @@ validated once, together. Help and suggestions are read off the same class.
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 import shutil
@@ -30,6 +31,11 @@ from ssl_jax.errors import Preempted, TrainingDiverged, UserError
 from ssl_jax.signals import Signals
 
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
+
+# What a user can do something about, wherever it happens: full, read-only, forbidden or failing storage.
+_STORAGE_REFUSES = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+}  # fmt: skip
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -56,9 +62,14 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except Exception as error:
-        distributed.end_for_error(error)
-        traceback.print_exc()
-        code = 1
+        if isinstance(error, OSError) and error.errno in _STORAGE_REFUSES:
+            where = f"{error.filename}: " if error.filename else ""
+            code = UserError.exit_code
+            text = f"error: {where}{error.strerror}; make room or set permissions, then run the same command again"
+        else:
+            distributed.end_for_error(error)
+            traceback.print_exc()
+            code = 1
     if code:
         distributed.end(code, text)
     if text:

@@ -93,6 +93,7 @@ def load_checkpoint(
             f"{place.local / workdir.CONFIG} --workdir {place.name}"
         )
     tokenizer = DialogueTokenizer.load(place.local / workdir.TOKENIZER)
+    workdir.check_tokenizer(place, tokenizer.fingerprint)
     shape = model.GPT2.from_config(settings.model, tokenizer.vocab_size, mesh)
     item = "ema" if settings.optimizer.ema_decay else "params"
     if item == "ema":

@@ -129,15 +129,15 @@ class Logbook:
             for row in rows:
                 self._append(self._samples, {"step": step, **row})
 
-    def skipped(self, step: int, values: Mapping[str, float], dialogues: Mapping[str, Sequence[str]]) -> None:
-        """Writes a line of `skipped.jsonl`: a step without an update, why, and by stream the ids of what it was fed.
+    def skipped(self, step: int, reason: str, dialogues: Mapping[str, Sequence[str]]) -> None:
+        """Writes a line of `skipped.jsonl`: a step without an update, why, and by stream the ids of its dialogues.
 
         Raises:
           UserError: the file cannot be written (no space left).
         """
         if not self._primary:
             return
-        record = {"step": step, **{name: str(value) for name, value in values.items()}, "dialogues": dict(dialogues)}
+        record = {"step": step, "reason": reason, "dialogues": dict(dialogues)}
         try:
             with self._skipped.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 self._append(file, record)

@@ -97,7 +97,6 @@ class Run:
           TrainingDiverged: too many steps in a row without a finite loss, or too many losses that jumped.
           UserError: the disk is full, a checkpoint does not fit the configuration, ….
         """
-        self.rollbacks = spikes.read(self.directory)
         with self.watchdog.watching(), self.place.sent_at_end():
             while True:
                 try:
@@ -114,8 +113,10 @@ class Run:
           LossSpiked: the run goes back; besides what `train` raises.
         """
         self.signals.saved(True)
-        newest = self.checkpoints.newest()
+        newest = self._newest_with_rounds()
         state, progress = self._restore(newest) if newest else (self.initial_state(), Progress())
+        # A checkpoint knows those before it; this process knows those since.
+        progress.rollbacks = self.rollbacks = max(progress.rollbacks, self.rollbacks, key=len)
         with (
             Logbook(
                 self.directory,
@@ -184,7 +185,7 @@ class Run:
         self._enter(logbook, "train", ", ".join(f"{count} {name}" for name, count in phase.rows) + " rows a step")
         if phase.start in self.plan.edges:
             progress.losses.clear()
-        passed_over = spikes.steps_passed_over(self.rollbacks)
+        passed_over = spikes.passed_over(self.rollbacks)
         train, window = self.config.train, Window(progress.unlogged)
         records = StepRecords(self.config, self.plan, self.shape, batches, window, progress, logbook)
         late: tuple[int, step.Metrics] | None = None
@@ -204,7 +205,7 @@ class Run:
                 records.note(*late)
             late = None if metrics is None else (done, metrics)
             if late is None:
-                records.note_passed_over(done)
+                records.note_passed_over(done, passed_over[done])
             evaluates, saves = done % train.eval_steps == 0, done % train.save_steps == 0
             stops = self.signals.after_step() is not None
             if evaluates or saves or stops or done == phase.stop:
@@ -231,9 +232,7 @@ class Run:
         checkpoint = self.checkpoints.newest() or 0
         first = max(checkpoint + 1, spike.step + 1 - self.config.train.loss_spike_skip)
         rollback = spikes.Rollback(spike, checkpoint, (first, spike.step))
-        self.rollbacks.append(rollback)
-        if distributed.is_primary():
-            spikes.write(self.directory, self.rollbacks)
+        self.rollbacks = [*self.rollbacks, rollback]
         self._say_aside(f"warning: {rollback}")
 
     # Events between steps --------------------------------------------------------------------------------------------
@@ -265,7 +264,7 @@ class Run:
         self.watchdog.moved("save")
         progress.seconds = logbook.elapsed()
         meta = {**progress.to_meta(), "scan_layers": self.shape.scan_layers, "seed": self.config.seed}
-        meta |= {"labeled_rows": self.plan.labeled_rows, "rows": self.plan.rows}
+        meta |= {"labeled_rows": self.plan.labeled_rows, "rows": self.plan.rows, **self._origin()}
         self.checkpoints.save(int(state.step), _checkpoint_items(state), meta, metric=metric)
 
     def _hold_round(self, number: int, at: int, state: step.TrainState, progress: Progress, logbook: Logbook) -> None:
@@ -393,6 +392,17 @@ class Run:
         rows = {"pseudo": self.plan.pseudo_rows, "translated": self.plan.translated_rows}
         return {name: self.directory / ROUNDS[name] for name, number in rows.items() if number}
 
+    def _newest_with_rounds(self) -> int | None:
+        """The newest checkpoint whose rounds are there; those after a round that is lost go, which makes it again."""
+        places, steps = list(self._rounds().values()), self.plan.round_steps
+        event = f"mend rounds after {len(self.rollbacks)} rollbacks"
+        whole = distributed.primary_first(event, lambda: rounds.mend(places, len(steps)))
+        newest = self.checkpoints.newest()
+        if newest is None or whole == len(steps) or newest <= steps[whole]:
+            return newest
+        self.checkpoints.drop_after(steps[whole])
+        return self.checkpoints.newest()
+
     def _accepted(self) -> list[dict[str, int]]:
         """What each finished round accepted, by stream."""
         accepted = []
@@ -412,6 +422,7 @@ class Run:
 
     def _restore(self, number: int) -> tuple[step.TrainState, Progress]:
         meta = self.checkpoints.meta(number)
+        self._check_origin(number, meta)
         self._check_rows(meta)
         restored = self.checkpoints.restore(number, _checkpoint_items(self.programs.abstract_state))
         counters = restored["optimizer"]
@@ -424,6 +435,23 @@ class Run:
             confidence=counters.get("confidence"),
         )
         return state, Progress.from_meta(meta)
+
+    def _origin(self) -> dict[str, Any]:
+        """What a checkpoint is of, beside its step."""
+        return {"config": workdir.fingerprint(self.config), "data": self.prepared.summary["content_hash"]}
+
+    def _check_origin(self, number: int, meta: Mapping[str, Any]) -> None:
+        """Makes sure that a checkpoint is of this configuration and these data, whatever the work directory says.
+
+        Raises:
+          UserError: it is not.
+        """
+        for name, value in self._origin().items():
+            if meta.get(name, value) != value:
+                what = {"config": "another configuration", "data": "other data"}[name]
+                raise UserError(
+                    f"checkpoint {number} in {self.place.name} was made with {what}; name another --workdir"
+                )
 
     def _check_rows(self, meta: Mapping[str, Any]) -> None:
         """Makes sure that a run goes on with the rows a step that it began with, whatever the devices.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import objectives
+from ssl_jax import objectives, spikes
 
 
 @dataclasses.dataclass
@@ -22,6 +22,7 @@ class Progress:
       best: lowest dev reply_bits_per_byte and its step.
       unlogged: metrics of the steps since the last line of metrics, so that a mean does not depend on interruptions.
       losses: of the last steps that drew the same streams, which the next one is compared with.
+      rollbacks: what losses that jumped have made the run pass over.
     """
 
     tokens: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(objectives.STREAM_IDS, 0))
@@ -29,6 +30,7 @@ class Progress:
     best: tuple[float, int] | None = None
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
+    rollbacks: list[spikes.Rollback] = dataclasses.field(default_factory=list)
 
     def to_meta(self) -> dict[str, Any]:
         """As JSON values."""
@@ -44,6 +46,7 @@ class Progress:
             (best[0], best[1]) if best else None,
             meta["unlogged"],
             meta.get("losses", []),
+            [spikes.Rollback.from_json(one) for one in meta.get("rollbacks", [])],
         )
 
 

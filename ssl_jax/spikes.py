@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from pathlib import Path
-
-from ssl_jax import files
-
-FILE = "rollbacks.json"
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Losses that hardly vary, such as those of a model that has learned its data by heart, jump by less than matters.
 _LEAST_DEVIATION = 0.01
@@ -91,22 +87,13 @@ class Rollback:
         which = f"the batch of step {first}" if first == last else f"the batches of steps {first} to {last}"
         return f"{self.spike}: going back to {back} and passing over {which}"
 
-
-def read(directory: Path) -> list[Rollback]:
-    """The rollbacks of the run in a work directory, in their order."""
-    path = directory / FILE
-    found = files.read_json(path) if path.is_file() else []
-    return [
-        Rollback(Spike(**one["spike"]), one["checkpoint"], (one["passed_over"][0], one["passed_over"][1]))
-        for one in found
-    ]
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Rollback:
+        """Back from what `dataclasses.asdict` made of it, through JSON."""
+        first, last = values["passed_over"]
+        return cls(Spike(**values["spike"]), values["checkpoint"], (first, last))
 
 
-def write(directory: Path, rollbacks: Sequence[Rollback]) -> None:
-    """Replaces them."""
-    files.write_json(directory / FILE, [dataclasses.asdict(one) for one in rollbacks])
-
-
-def steps_passed_over(rollbacks: Sequence[Rollback]) -> frozenset[int]:
-    """Steps, counted from 1, whose batches are not learned from."""
-    return frozenset(step for one in rollbacks for step in range(one.passed_over[0], one.passed_over[1] + 1))
+def passed_over(rollbacks: Sequence[Rollback]) -> dict[int, Spike]:
+    """Steps, counted from 1, whose batches are not learned from, and the spike that is the reason."""
+    return {step: one.spike for one in rollbacks for step in range(one.passed_over[0], one.passed_over[1] + 1)}

@@ -54,8 +54,9 @@ class StepRecords:
         self._window.add(metrics, sum(fed.values()))
         self._write_if_due(number)
 
-    def note_passed_over(self, number: int) -> None:
-        """Where a line of metrics is due at a step that learned nothing, writes that of the steps before it."""
+    def note_passed_over(self, number: int, spike: spikes.Spike) -> None:
+        """Writes down a step that learned nothing, and, where a line of metrics is due, that of the steps before it."""
+        self._logbook.skipped(number, f"passed over: {spike}", self._batches.dialogue_ids(number - 1))
         if len(self._window):
             self._write_if_due(number)
 
@@ -77,7 +78,8 @@ class StepRecords:
     def _note_skipped(self, number: int, metrics: dict[str, float]) -> None:
         """Says which step made no update and which dialogues it was fed."""
         dialogues = self._batches.dialogue_ids(number - 1)
-        self._logbook.skipped(number, {name: metrics[name] for name in ("loss", "grad_norm")}, dialogues)
+        reason = f"not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+        self._logbook.skipped(number, reason, dialogues)
         fed = "; ".join(f"{name}: {_some(ids)}" for name, ids in dialogues.items())
         self._logbook.say(f"step {number}: loss or gradient is not finite; the update is skipped (dialogues of {fed})")
         if metrics["skipped"] >= self._config.train.max_nonfinite_steps:

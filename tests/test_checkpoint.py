@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import checkpoint
+from ssl_jax import manifest
 from ssl_jax.checkpoint import MANIFEST, Checkpoints
 from ssl_jax.errors import UserError
 
@@ -349,13 +349,13 @@ def test_a_process_killed_while_saving_leaves_the_older_step_and_the_next_one_cl
     program = f"""
 import os, signal, sys
 import jax.numpy as jnp
-from ssl_jax import checkpoint
+from ssl_jax import checkpoint, manifest
 checkpoints = checkpoint.Checkpoints({str(tmp_path)!r})
 state = {{"state": {{"w": jnp.arange(1 << 20, dtype=jnp.float32)}}}}
 checkpoints.save(1, state, {{}})
 checkpoints.wait()
 if sys.argv[1] == "before the manifest":
-    checkpoint._write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    manifest.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 checkpoints.save(2, state, {{}})
 if sys.argv[1] == "while writing":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -405,7 +405,7 @@ def test_a_manifest_that_cannot_be_written_is_reported(tmp_path: Path, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(checkpoint, "_write_manifest", refuse)
+    monkeypatch.setattr(manifest, "write", refuse)
     checkpoints.save(1, make_items(), {})
     with pytest.raises(UserError, match="No space left on device"):
         checkpoints.wait()
@@ -415,7 +415,7 @@ def test_a_manifest_that_cannot_be_written_is_reported(tmp_path: Path, monkeypat
 
 def test_a_bug_while_saving_stays_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(checkpoint, "_write_manifest", lambda *_: [][1])
+    monkeypatch.setattr(manifest, "write", lambda *_: [][1])
     checkpoints.save(1, make_items(), {})
     with pytest.raises(IndexError):
         checkpoints.wait()

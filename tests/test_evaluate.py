@@ -13,7 +13,7 @@ import stand_in
 import tiny
 
 import ssl_jax
-from ssl_jax import evaluate, files
+from ssl_jax import evaluate, manifest
 from ssl_jax.config import Evaluation, Sampling
 from ssl_jax.data.store import Prepared
 from ssl_jax.dialogue_model import DialogueModel
@@ -105,8 +105,9 @@ def test_an_unknown_split_is_refused_with_the_known_ones() -> None:
 def test_data_that_changed_since_the_training_are_refused(tmp_path: Path) -> None:
     """Another tokenizer would be fitted, and the model would read other texts by the same ids."""
     run = copy_of_run(tmp_path)
-    data = read(run / "data.json")
-    files.write_json(run / "data.json", {**data, "content_hash": "0" * 64})
+    data = manifest.decode((run / "data.json").read_bytes())
+    assert data is not None
+    (run / "data.json").write_bytes(manifest.encode({**data, "content_hash": "0" * 64}))
     with pytest.raises(UserError, match="have changed since the run began"):
         evaluate.main(["--workdir", str(run), *LITTLE])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from ssl_jax.data.pipeline import find
 from ssl_jax.data.streams import Batches
 from ssl_jax.errors import Preempted, TrainingDiverged
 from ssl_jax.logbook import Logbook
+from ssl_jax.progress import Progress
 
 # Long enough for a spike, short of everything that takes time.
 STEPS = 24
@@ -93,7 +93,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_noted(
     parameters = {step: tiny.stored_parameters(run, step) for step in (4, 5, 6)}
     assert parameters[4] == parameters[5] != parameters[6]
     (line,) = tiny.read_jsonl(run / "skipped.jsonl")
-    assert line["step"] == 5 and line["loss"] == "nan"
+    assert line["step"] == 5 and line["reason"].startswith("not finite: loss nan, gradient norm ")
     assert set(line["dialogues"]) == {"labeled", "raw"}
     named = [one for names in line["dialogues"].values() for one in names]
     assert len(named) > 2 and ids(config).issuperset(named)
@@ -130,8 +130,9 @@ def test_a_loss_that_jumps_is_undone_and_its_batches_passed_over(
 ) -> None:
     poison(15, how=other_targets)
     run = tiny.run_train(config, tmp_path / "run", *SPIKES)
-    (rollback,) = spikes.read(run)
-    assert (rollback.spike.step, rollback.checkpoint, rollback.passed_over) == (15, 12, (14, 15))
+    lines = tiny.read_jsonl(run / "skipped.jsonl")
+    assert [line["step"] for line in lines] == [14, 15] and all(line["dialogues"]["labeled"] for line in lines)
+    assert lines[0]["reason"].startswith("passed over: the loss of step 15, ")
     assert "the loss of step 15" in (said := capfd.readouterr().err)
     assert "going back to checkpoint 12 and passing over the batches of steps 14 to 15" in said
     learned = [line["step"] for line in tiny.metrics(run) if "loss" in line]
@@ -164,7 +165,8 @@ def test_an_interrupted_run_goes_back_as_an_undisturbed_one(
             with pytest.raises(Preempted):
                 tiny.run_train(config, tmp_path / "run", *SPIKES)
     run = tiny.run_train(config, tmp_path / "run", *SPIKES)
-    assert len(spikes.read(run)) == 1 and spikes.read(run) == spikes.read(undisturbed)
+    skipped = (undisturbed / "skipped.jsonl").read_bytes()
+    assert skipped and (run / "skipped.jsonl").read_bytes() == skipped
     assert tiny.stored_parameters(run) == tiny.stored_parameters(undisturbed)
     assert tiny.metrics(run) == tiny.metrics(undisturbed)
 
@@ -173,13 +175,12 @@ def test_a_run_that_goes_back_too_often_has_diverged(config: Path, poison: Poiso
     poison(*range(14, STEPS), how=other_targets)
     with pytest.raises(TrainingDiverged, match=r"the loss of step 1\d, .* after 2 rollbacks .*\n.*checkpoint is 12"):
         tiny.run_train(config, tmp_path / "run", *SPIKES, "--train.max-rollbacks", "2")
-    assert len(spikes.read(tmp_path / "run")) == 2
 
 
 def test_without_a_threshold_nothing_is_undone(config: Path, poison: Poison, tmp_path: Path) -> None:
     poison(15, how=other_targets)
     run = tiny.run_train(config, tmp_path / "run")
-    assert not (run / spikes.FILE).exists()
+    assert not (run / "skipped.jsonl").exists()
     assert [line["step"] for line in tiny.metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
 
 
@@ -211,10 +212,11 @@ def test_it_does_not_depend_on_the_unit(losses: list[float], threshold: float, u
         assert (found is not None) == expected
 
 
-def test_rollbacks_survive_the_disk(tmp_path: Path) -> None:
-    rollbacks = [spikes.Rollback(spikes.Spike(7, 9.5, 2.25, 0.5), 4, (5, 7))]
-    assert spikes.read(tmp_path) == []
-    spikes.write(tmp_path, rollbacks)
-    assert spikes.read(tmp_path) == rollbacks
-    more = [*rollbacks, dataclasses.replace(rollbacks[0], passed_over=(11, 11))]
-    assert spikes.steps_passed_over(more) == {5, 6, 7, 11}
+def test_rollbacks_are_saved_with_a_checkpoint() -> None:
+    rollbacks = [
+        spikes.Rollback(spikes.Spike(7, 9.5, 2.25, 0.5), 4, (5, 7)),
+        spikes.Rollback(spikes.Spike(11, 9.25, 2.25, 0.5), 8, (11, 11)),
+    ]
+    found = Progress.from_meta(json.loads(json.dumps(Progress(rollbacks=rollbacks).to_meta())))
+    assert found.rollbacks == rollbacks
+    assert {step: spike.step for step, spike in spikes.passed_over(rollbacks).items()} == {5: 7, 6: 7, 7: 7, 11: 11}

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 # The training command, in which what the environment's FAULT names goes wrong.
 PROGRAM = """
     import os, time
-    from ssl_jax import checkpoint, command_line, distributed, loop, train
+    from ssl_jax import command_line, distributed, loop, manifest, train
     import orbax.checkpoint as ocp
 
     def full(*arguments, **options):
@@ -38,7 +38,7 @@ PROGRAM = """
         case "no space for arrays":
             ocp.AsyncCheckpointer.save = full
         case "no space for the manifest":
-            checkpoint._write_manifest = full
+            manifest.write = full
         case "bug":
             loop.SharedSignals.after_step = broken
         case "late":

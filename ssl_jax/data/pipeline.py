@@ -18,6 +18,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import logging
 import os
 import shutil
 import time
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import files, storage
+from ssl_jax import distributed, files, storage
 from ssl_jax.config import Config, Data
 from ssl_jax.data import (
     account,
@@ -58,6 +59,8 @@ _MAX_SHARD_BYTES = 2**30
 _SHARDS = 64
 _SECONDS_BETWEEN_NEWS = 10.0
 
+_log = logging.getLogger(__name__)
+
 
 def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     """Prepares the data that `config` names, or finds it prepared.
@@ -75,10 +78,13 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     place = storage.place(config.data.prepared_dir, shared=True)
     directory = place.local / content_hash[:16]
     place.pull_complete(directory.name)
-    if (directory / "summary.json").is_file():
+    damage = _damage(place, directory)
+    if damage is None and directory.is_dir():
         say(f"prepared data: {directory} (found)")
         prepared = Prepared.open(directory)
     else:
+        if damage is not None:
+            _log.warning("prepared data %s is damaged: %s; it is made again from its sources", directory, damage)
         # What is missing is told before any work, and before anything that was begun is touched.
         step_functions(config.data.cleaning)
         if config.data.beam_options is not None:
@@ -103,7 +109,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
         say(f"prepared data: {directory}")
     for name in ("summary.json", "rejected.jsonl"):
         files.write_text(directory.parent / name, (directory / name).read_text(encoding="utf-8"))
-    place.push_complete(directory.name)
+    (place.push_complete if damage is None else place.push)(directory.name)
     place.push("summary.json", "rejected.jsonl")
     if config.train.unlabeled_ratio > 0 and not set(prepared.splits).intersection(store.UNLABELED_SPLITS):
         raise UserError(
@@ -113,8 +119,23 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     return prepared
 
 
+def _damage(place: storage.Place, directory: Path) -> str | None:
+    """What is wrong with a prepared directory, if there is one; of a bucket, after it was brought here once more.
+
+    Where several processes see the same folder, the first one, which comes here first, looks for all.
+    """
+    if not directory.is_dir() or not (distributed.is_primary() or isinstance(place, storage.Bucket)):
+        return None
+    damage = store.problem(directory)
+    if damage is not None and isinstance(place, storage.Bucket):
+        shutil.rmtree(directory)
+        place.pull_complete(directory.name)
+        damage = store.problem(directory)
+    return damage
+
+
 def find(config: Config) -> Prepared | None:
-    """The data that `config` names, if it is prepared already.
+    """The data that `config` names, if it is prepared already; its records are not verified.
 
     Raises:
       UserError: a source is missing or contradicts itself.
@@ -122,7 +143,7 @@ def find(config: Config) -> Prepared | None:
     place = storage.place(config.data.prepared_dir, shared=True)
     directory = place.local / sources.content_hash(config, sources.resolve(config), remember=False)[:16]
     place.pull_complete(directory.name)
-    return Prepared.open(directory) if (directory / "summary.json").is_file() else None
+    return Prepared.open(directory) if store.problem(directory, with_records=False) is None else None
 
 
 @contextlib.contextmanager
@@ -131,7 +152,7 @@ def _working_directory(directory: Path, say: Callable[[str], None]) -> Iterator[
     working = directory.with_name(f".{directory.name}.incomplete")
     while True:
         working.mkdir(exist_ok=True)
-        with open(working / "lock", "w") as lock:
+        with open(working / shards.LOCK, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -139,7 +160,7 @@ def _working_directory(directory: Path, say: Callable[[str], None]) -> Iterator[
                 fcntl.flock(lock, fcntl.LOCK_EX)
             # Whoever had the lock may have finished and moved the folder away.
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock.fileno()), os.stat(working / "lock")):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(working / shards.LOCK)):
                     try:
                         yield working
                     except UserError:  # to be continued by nobody: what is fixed has another name
@@ -156,9 +177,11 @@ def _build(
     content_hash: str,
     say: Callable[[str], None],
 ) -> Prepared:
-    if (directory / "summary.json").is_file():  # made by whom we waited for
-        shutil.rmtree(working, ignore_errors=True)
-        return Prepared.open(directory)
+    if directory.is_dir():
+        if store.problem(directory) is None:  # made by whom we waited for
+            shutil.rmtree(working, ignore_errors=True)
+            return Prepared.open(directory)
+        shutil.rmtree(directory)
     data = config.data
     name = config.tokenizer.name_or_path
     wanted = config.tokenizer
@@ -179,7 +202,7 @@ def _build(
     files.write_json(working / "examples.json", account.shown_examples(data, spooled, chosen))
     shutil.rmtree(working / "spool")
     prepared = shards.complete(working, directory, counts, tokenizer, summary, map(_rejected_row, rejected))
-    (directory / "lock").unlink(missing_ok=True)
+    (directory / shards.LOCK).unlink(missing_ok=True)
     return prepared
 
 

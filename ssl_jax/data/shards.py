@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import files
+from ssl_jax import files, manifest
+from ssl_jax.data import record_files
 from ssl_jax.data.duplicates import halves, refuse_leaks, text_hash
 from ssl_jax.data.store import (
     DATASET,
@@ -31,8 +32,9 @@ from ssl_jax.data.tokenizer import DialogueTokenizer, EncodedDialogue
 from ssl_jax.dialogue import Dialogue
 from ssl_jax.errors import UserError
 
-# One record a group: a reader decompresses what it asks for and nothing else.
-_WRITER_OPTIONS = "group_size:1"
+LOCK = "lock"
+"""A file of whoever works in a working directory, which is not part of what is made there."""
+
 COLUMNS = {"length": np.int32, "prefix_length": np.int32, "source": np.int32, "turns": np.int32}
 """What is kept of every record outside of the shards, and its type."""
 
@@ -72,15 +74,12 @@ def write_shard(path: Path, records: Iterable[Record]) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = files.partial_path(path)
     columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "text")}
     size = 0
     serialize = Serializer()
-    writer = ArrayRecordWriter(os.fspath(partial), _WRITER_OPTIONS)
-    try:
+    with record_files.writing(partial) as writer:
         for record in records:
             content = serialize(record)
             writer.write(content)
@@ -90,10 +89,6 @@ def write_shard(path: Path, records: Iterable[Record]) -> None:
             columns["source"].append(record.source)
             columns["turns"].append(record.turns)
             columns["text"].append(record.text_hash)
-    except RuntimeError as error:
-        raise OSError(None, str(error), os.fspath(path)) from error
-    finally:
-        writer.close()
     files.sync(partial)
     partial.replace(path)
     arrays: dict[str, np.ndarray] = {name: np.array(columns[name], dtype) for name, dtype in COLUMNS.items()}
@@ -192,7 +187,8 @@ def complete(
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
     }
-    (working / "summary.json").write_text(json.dumps(counted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write_json(working / "summary.json", counted)
+    manifest.write(working, {}, without=LOCK)
     _move_into_place(working, directory)
     return Prepared.open(directory)
 

@@ -2,8 +2,9 @@
 
 A prepared directory holds `dialogues/<version>/*.array_record*` (the data set), `records.npz` (by split and record the
 tokens of it and of its system turn, so that rows are packed without reading records, its source and its turns),
-`tokenizer/`, `summary.json`, `examples.json` and `rejected.jsonl`. It is immutable: its name carries the hash of
-everything that went into it, and it appears under that name only when it is complete. `shards` writes it.
+`tokenizer/`, `summary.json`, `examples.json`, `rejected.jsonl` and `manifest.json` (SHA-256 of every file). It is
+immutable: its name carries the hash of everything that went into it, and it appears under that name only when it is
+complete. `shards` writes it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from ssl_jax import manifest
 from ssl_jax.data.tokenizer import DialogueTokenizer, EncodedDialogue
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.errors import UserError
@@ -36,6 +39,8 @@ INDEX = "records.npz"
 # `json.dumps` makes an encoder anew at every call that has options.
 _encode_json = json.JSONEncoder(ensure_ascii=False, default=dict).encode
 _IN_MEMORY_BYTES = 2**27
+# Files whose digests are taken together.
+_READS_AT_ONCE = 8
 
 
 def to_json(dialogue: Dialogue) -> bytes:
@@ -132,6 +137,20 @@ def _decode(fields: Mapping[str, Any]) -> EncodedDialogue:
         prefix_length=fields["prefix_length"].int64_list.value[0],
         unknown_bytes=fields["unknown_bytes"].int64_list.value[0],
     )
+
+
+def problem(directory: Path, *, with_records: bool = True) -> str | None:
+    """Why a prepared directory is not what was written, or None.
+
+    Everything is read: 1.5 GB/s on one core, several files at once. Without the records, next to nothing is.
+    """
+    try:
+        declared = manifest.read(directory / manifest.NAME)["files"]
+    except ValueError as error:
+        return str(error)
+    if not with_records:
+        declared = {name: file for name, file in declared.items() if not name.startswith(f"{DATASET}/")}
+    return manifest.difference(directory, declared, at_once=min(_READS_AT_ONCE, os.cpu_count() or 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,7 +87,10 @@ def write(directory: str | Path, tokenizer: TokenizerFiles, *, control_tokens: l
     files.write_text(directory / "tokenizer.json", tokenizer.backend.to_str(pretty=True))
     files.write_text(directory / "chat_template.jinja", tokenizer.chat_template or "")
     if isinstance(tokenizer.backend.model, models.BPE | models.WordPiece):
-        tokenizer.backend.model.save(str(directory))
+        try:
+            tokenizer.backend.model.save(str(directory))
+        except Exception as error:  # the Rust library raises nothing more specific
+            raise OSError(errno.EIO, str(error), str(directory)) from error
 
 
 def _read_own(directory: Path, settings: Mapping[str, Any]) -> TokenizerFiles:

@@ -31,7 +31,12 @@ def read(flag: str, directory: str, name: str, flags: str) -> dict[str, Any]:
         raise UserError(
             f"{flag} {directory} has no {name}; make it with python -m ssl_jax.evaluate --workdir {directory} {flags}"
         )
-    return files.read_json(path)
+    try:
+        return files.read_json(path)
+    except ValueError:
+        raise UserError(
+            f"{path} is damaged; make it again with python -m ssl_jax.evaluate --workdir {directory} {flags}"
+        ) from None
 
 
 def compare(

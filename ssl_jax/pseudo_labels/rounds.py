@@ -1,28 +1,89 @@
 """Finished rounds on disk: an artifact that appears whole or not at all, is never changed, and says where it is from.
 
-A round is a folder `round_<n>/` with its dialogues (ArrayRecord shards of JSON rows) and `summary.json`.
+A round is a folder `round_<n>/` with its dialogues (ArrayRecord shards of JSON rows), `summary.json` and
+`manifest.json` (SHA-256 of both). Checkpoints after a round are worth nothing without it, and it is small beside them:
+`copy_of_round_<n>/` holds the same once more, and `mend` makes either from the other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import files
+from ssl_jax import files, manifest
+from ssl_jax.data import record_files
 from ssl_jax.dialogue import Dialogue
 from ssl_jax.errors import UserError
 
 RECORDS_PER_SHARD = 4096
 
+_SUMMARY = "summary.json"
+
+_log = logging.getLogger(__name__)
+
+
+def mend(directories: Collection[Path], count: int) -> int:
+    """Makes damaged rounds whole from their copies, and damaged copies from their rounds.
+
+    A round that cannot be mended is set aside, and with it those that come later.
+
+    Args:
+      directories: where rounds are, of each kind of round.
+      count: of all rounds of a run.
+
+    Returns:
+      How many of the first rounds are whole, of every kind.
+    """
+    for number in range(count):
+        if not all([_mend(_folder(directory, number), _copy(directory, number)) for directory in directories]):
+            for later in range(number + 1, count):
+                for directory in directories:
+                    _set_aside(_folder(directory, later), _copy(directory, later))
+            return number
+    return count
+
+
+def _mend(folder: Path, copy: Path) -> bool:
+    """Makes a round and its copy equal to whichever of them is whole; returns whether one is."""
+    problems = {path: manifest.problem(path) for path in (folder, copy)}
+    whole = [path for path, problem in problems.items() if problem is None]
+    if not whole:
+        if folder.exists():
+            _log.warning("%s and its copy are damaged: %s; the round is made again", folder, problems[folder])
+        _set_aside(folder, copy)
+        return False
+    for path in problems.keys() - set(whole):
+        what = f"is damaged ({problems[path]})" if path.exists() else "is not there"
+        _log.warning("%s %s; it is made again from %s", path, what, whole[0].name)
+        _write_copy(whole[0], path)
+    return True
+
+
+def _set_aside(folder: Path, copy: Path) -> None:
+    """Takes a round away; what is there of it stays for a person to look at until the same happens again."""
+    shutil.rmtree(copy, ignore_errors=True)
+    if folder.exists():
+        aside = folder.with_name(f"damaged_{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
 
 def read_summary(directory: Path, round_number: int) -> dict[str, Any] | None:
-    """The summary of a finished round, or None if there is none."""
-    path = _folder(directory, round_number) / "summary.json"
-    return files.read_json(path) if path.is_file() else None
+    """The summary of a finished round, or None if there is none.
+
+    Raises:
+      UserError: it is not what was written.
+    """
+    folder = _folder(directory, round_number)
+    if not (folder / _SUMMARY).is_file():
+        return None
+    _verify(folder, only=_SUMMARY)
+    return files.read_json(folder / _SUMMARY)
 
 
 def read_rows(directory: Path, round_number: int) -> list[dict[str, Any]]:
@@ -36,12 +97,10 @@ def read_rows(directory: Path, round_number: int) -> list[dict[str, Any]]:
     folder = _folder(directory, round_number)
     summary = read_summary(directory, round_number)
     assert summary is not None, f"{folder} is not finished"
+    _verify(folder)
     rows = []
-    for name, expected in summary["sha256"].items():
-        shard = folder / name
-        if not shard.is_file() or hashlib.sha256(shard.read_bytes()).hexdigest() != expected:
-            raise UserError(f"{shard} is damaged; remove {folder} and run the same command to make the round again")
-        reader = ArrayRecordReader(str(shard))
+    for name in summary["sha256"]:
+        reader = ArrayRecordReader(str(folder / name))
         rows += [json.loads(record) for record in reader.read_all()]
         reader.close()
     return rows
@@ -57,7 +116,7 @@ def read_round(directory: Path, round_number: int) -> list[Dialogue]:
 
 
 def write(directory: Path, round_number: int, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """Writes a round beside its place, then moves it there. Of several processes, the first writes.
+    """Writes a round beside its place, and its copy, then moves it there. Of several processes, the first writes.
 
     Args:
       directory: where rounds are.
@@ -79,8 +138,9 @@ def write(directory: Path, round_number: int, rows: Sequence[Mapping[str, Any]],
         for path, share in shards.items():
             _write_shard(path, share)
         hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards}
-        files.write_json(temporary / "summary.json", {**summary, "sha256": hashes})
-        files.sync(temporary)
+        files.write_json(temporary / _SUMMARY, {**summary, "sha256": hashes})
+        manifest.write(temporary, {"round": round_number})
+        _write_copy(temporary, _copy(directory, round_number))
         temporary.rename(folder)
     wait_for_all(f"{folder.name} is in its place")
 
@@ -99,11 +159,38 @@ def _folder(directory: Path, round_number: int) -> Path:
     return directory / f"round_{round_number}"
 
 
-def _write_shard(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    from array_record.python.array_record_module import ArrayRecordWriter
+def _copy(directory: Path, round_number: int) -> Path:
+    return directory / f"copy_of_round_{round_number}"
 
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for row in rows:
-        writer.write(json.dumps(row, ensure_ascii=False).encode())
-    writer.close()
+
+def _write_copy(source: Path, target: Path) -> None:
+    """Makes a folder equal to one of files; it appears whole."""
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    for path in temporary.iterdir():
+        files.sync(path)
+    files.sync(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    files.sync(target.parent)
+
+
+def _verify(folder: Path, *, only: str | None = None) -> None:
+    """Raises UserError if a round, or one file of it, is not what was written."""
+    try:
+        declared = manifest.read(folder / manifest.NAME)["files"]
+    except ValueError as error:
+        problem = str(error)
+    else:
+        chosen = declared if only is None else {name: file for name, file in declared.items() if name == only}
+        problem = manifest.difference(folder, chosen)
+    if problem is not None:
+        raise UserError(f"{folder} is damaged: {problem}; training mends it (python -m ssl_jax.train, the same again)")
+
+
+def _write_shard(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with record_files.writing(path) as writer:
+        for row in rows:
+            writer.write(json.dumps(row, ensure_ascii=False).encode())
     files.sync(path)
