@@ -104,6 +104,7 @@ class Run:
                 primary=distributed.is_primary(),
             ) as logbook,
         ):
+            self.checkpoints.reserve(_checkpoint_items(state))
             if newest:
                 logbook.say(f"going on from checkpoint {newest}")
             logbook.table("plan", description.rows(self.config, self.plan, self.shape, self.mesh, self.streams))
@@ -171,6 +172,7 @@ class Run:
             if late is not None:
                 self._record(late, batches, window, progress, logbook)
             late = (number + 1, metrics)
+            self.checkpoints.check()
             done = number + 1
             evaluates, saves = done % train.eval_steps == 0, done % train.save_steps == 0
             stops = self.signals.after_step() is not None
