@@ -4,6 +4,10 @@ Orbax writes the arrays, asynchronously and from every host at once. What it doe
 lost file or a directory that only looks like a checkpoint. So a step counts only once its `manifest.json` stands: the
 size and SHA-256 of every file, written last, atomically, and with a digest of itself. Nothing is read without it.
 
+What this costs is one reading of a step's files when they are written, and one before they are restored. Files that
+look as they did when they verified (size, times, inode; the version of an object) are not read again to decide what is
+kept, nor within a minute to be restored.
+
     <directory>/<step>/<item>/…         Orbax's files (OCDBT), one folder per item
     <directory>/<step>/manifest.json    step, metric, meta, leaves of every item, files
 
@@ -14,17 +18,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ssl_jax import ending, files, manifest, orbax_s3, storage
 from ssl_jax.errors import UserError
+from ssl_jax.staging import Staging
 
 PyTree = Any
 
@@ -37,6 +44,12 @@ _ORBAX_MARK = "_CHECKPOINT_METADATA"
 _STORAGE_FAILURE = re.compile(
     r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|FAILED_PRECONDITION|NOT_FOUND|UNAVAILABLE|OS error|os_error"
 )
+
+# Of a step, of which nothing else is read meanwhile.
+_LOCAL_READS_AT_ONCE = min(4, os.cpu_count() or 1)
+
+# How long a step that has verified may be restored without being read once more.
+_VERDICT_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -69,8 +82,13 @@ class Checkpoints:
         self._checkpointer: Any = None
         self._background: concurrent.futures.ThreadPoolExecutor | None = None
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
-        self._known_good: set[int] = set()
+        self._staging = Staging()
+        self._known_good: dict[int, _Verdict] = {}
         self._warned: set[tuple[int, str]] = set()
+
+    def reserve(self, items: Mapping[str, PyTree]) -> None:
+        """Takes the memory that a save of such items copies them to, so that the first one need not wait for it."""
+        self._staging.copy({name: _leaves_by_path(item) for name, item in items.items()})
 
     def save(
         self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any], *, metric: float | None = None
@@ -102,9 +120,11 @@ class Checkpoints:
             self._start_writing()
             import orbax.checkpoint as ocp
 
-            arguments = {name: ocp.args.StandardSave(item) for name, item in leaves.items()}  # pyright: ignore
+            staged = self._staging.copy(leaves)
+            arguments = {name: ocp.args.StandardSave(item) for name, item in staged.items()}  # pyright: ignore
             self._checkpointer.save(self._path(step), args=ocp.args.Composite(**arguments), force=True)
         except Exception as error:
+            self._staging.clear()
             raise self._explain(step, error) from error
         assert self._background is not None
         self._pending = (step, self._background.submit(self._finish, step, body))
@@ -122,9 +142,27 @@ class Checkpoints:
         error = future.exception()
         elsewhere = _agree(lambda: "", own=str(error) if error else "")
         if error is not None:
+            # Whatever has failed may still read its copies.
+            self._staging.clear()
             raise self._explain(step, error) from error
         if elsewhere:
             raise UserError(f"checkpoint {step} could not be written by another process: {elsewhere}")
+
+    def check(self) -> None:
+        """Raises as `wait` does if the last save has failed by now; never waits.
+
+        Of several processes the one that failed only warns: all of them stop together, at the next save.
+        """
+        import jax
+
+        if self._pending is None or not self._pending[1].done():
+            return
+        if jax.process_count() == 1:
+            self.wait()
+            return
+        step, future = self._pending
+        if (error := future.exception()) is not None:
+            self._warn(step, f"it could not be written, and the run stops at the next save: {error}")
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, in ascending order; whether they verify is for `newest` and `best` to say."""
@@ -169,7 +207,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
-        if problem := _agree(lambda: _problem(self._path(step), abstract_items) or ""):
+        if problem := _agree(lambda: self._why_not_restored(step, abstract_items)):
             raise UserError(f"checkpoint {self._path(step)} is damaged: {problem}")
         stored = self._manifest(step)["items"]
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -201,7 +239,7 @@ class Checkpoints:
                 if (self._path(later) / MANIFEST).exists():
                     (self._path(later) / MANIFEST).unlink()
                 files.remove_folder(self._path(later))
-                self._known_good.discard(later)
+                self._known_good.pop(later, None)
             return ""
 
         with self._explained("write"):
@@ -218,6 +256,7 @@ class Checkpoints:
             if self._background is not None:
                 self._background.shutdown()
                 self._background = None
+            self._staging.clear()
 
     def _start_writing(self) -> None:
         if self._background is not None:
@@ -247,25 +286,30 @@ class Checkpoints:
         if jax.process_index() == 0:
             if self._before_manifest is not None:
                 self._before_manifest()
+            written = storage.identities_below(self._path(step))
             manifest.write(self._path(step), body)
-            self._known_good.add(step)
+            found = storage.identities_below(self._path(step))
+            # What else has changed since it was read is for `_delete_superfluous` to verify.
+            if all(found.get(name) == identity for name, identity in written.items() if name != MANIFEST):
+                self._known_good[step] = _Verdict(found)
             self._delete_superfluous()
 
     def _delete_superfluous(self) -> None:
         """Keeps the newest verified steps and the best one; removes the other verified ones and saves cut off.
 
-        A damaged step with a manifest is left for a person to look at until the same step is saved again.
+        A damaged step with a manifest is left for a person to look at until the same step is saved again. One that was
+        damaged after it had verified is found out by the looks of its files, before an older one goes in its favor.
         """
         for step in self._steps():
-            if step not in self._known_good and _problem(self._path(step)) is None:
-                self._known_good.add(step)
-        good = sorted(self._known_good.intersection(self._steps()))
+            if not self._looks_good(step):
+                self._verify(step)
+        good = [step for step in self._steps() if step in self._known_good]
         best = [step for step in self._by_metric() if step in good][:1]
         for step in set(good[: -self._save_total_limit]).difference(best):
             # Without its manifest a half-deleted step is recognized as such.
             (self._path(step) / MANIFEST).unlink()
             files.remove_folder(self._path(step))
-            self._known_good.discard(step)
+            del self._known_good[step]
         for folder in self._directory.iterdir():
             is_ours = re.fullmatch(r"\d+(\.orbax-checkpoint-tmp.*)?", folder.name) and (folder / _ORBAX_MARK).exists()
             if is_ours and not (folder / MANIFEST).exists():
@@ -273,14 +317,38 @@ class Checkpoints:
 
     def _why_saved(self, step: int) -> str:
         """Why a step is to be saved, if it is; of a bucket, what there is of it goes: Orbax would need more rights."""
-        problem = _problem(self._path(step)) or ""
+        if self._looks_good(step):
+            return ""
+        problem = self._verify(step) or ""
         if problem and storage.is_url(self._directory):
             files.remove_folder(self._path(step))
         return problem
 
+    def _why_not_restored(self, step: int, items: Mapping[str, Any]) -> str:
+        """What is wrong with the files of these items; they are read unless all of the step has just verified."""
+        if self._looks_good(step) and time.monotonic() - self._known_good[step].at < _VERDICT_SECONDS:
+            return ""
+        return _problem(self._path(step), items) or ""
+
+    def _verify(self, step: int) -> str | None:
+        """Why a step cannot be trusted, or None; reads all its files, and remembers how those of a good one look."""
+        # As they were before they are read: what changes meanwhile shows later.
+        found = storage.identities_below(self._path(step))
+        problem = _problem(self._path(step))
+        if problem is None:
+            self._known_good[step] = _Verdict(found)
+        else:
+            self._known_good.pop(step, None)
+        return problem
+
+    def _looks_good(self, step: int) -> bool:
+        """Whether a step has verified and its files still look as they did then; reads none of them."""
+        verdict = self._known_good.get(step)
+        return verdict is not None and verdict.identities == storage.identities_below(self._path(step))
+
     def _first_good(self, candidates: list[int]) -> int | None:
         for step in candidates:
-            problem = _problem(self._path(step))
+            problem = self._verify(step)
             if problem is None:
                 return step
             self._warn(step, problem)
@@ -349,6 +417,19 @@ class Checkpoints:
         return contextlib.nullcontext()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Verdict:
+    """That a step has verified.
+
+    Attributes:
+      identities: what told its files from others of their names, as `storage.identities_below` gives it.
+      at: when, of the monotonic clock (seconds).
+    """
+
+    identities: Mapping[str, str]
+    at: float = dataclasses.field(default_factory=time.monotonic)
+
+
 def _leaves_by_path(tree: PyTree) -> dict[str, Any]:
     """`{"params/wte": leaf, …}`; one flat form for dicts, tuples and dataclasses, so that Orbax sees only a dict."""
     import jax
@@ -380,7 +461,7 @@ def _problem(folder: Any, items: Mapping[str, Any] | None = None) -> str | None:
         return f"{MANIFEST} is that of step {stored['step']}"
     others = set(stored["items"]).difference(items if items is not None else stored["items"])
     declared = {name: file for name, file in stored["files"].items() if name.split("/")[0] not in others}
-    return manifest.difference(folder, declared)
+    return manifest.difference(folder, declared, at_once=_LOCAL_READS_AT_ONCE)
 
 
 def _agree(decide: Callable[[], str], own: str = "") -> str:

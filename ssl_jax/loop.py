@@ -127,6 +127,7 @@ class Run:
             ) as logbook,
             self.signals.ending(logbook.close),
         ):
+            self.checkpoints.reserve(_checkpoint_items(state))
             if newest:
                 logbook.say(f"going on from checkpoint {newest}")
             logbook.table("plan", description.rows(self.config, self.plan, self.shape, self.mesh, self.streams))
@@ -206,6 +207,7 @@ class Run:
             late = None if metrics is None else (done, metrics)
             if late is None:
                 records.note_passed_over(done, passed_over[done])
+            self.checkpoints.check()
             evaluates, saves = done % train.eval_steps == 0, done % train.save_steps == 0
             stops = self.signals.after_step() is not None
             if evaluates or saves or stops or done == phase.stop:

@@ -30,6 +30,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from ssl_jax import distributed, files
@@ -339,10 +340,23 @@ def fetch(url: str, keep: Callable[[str], bool]) -> Path:
 
 def names_below(folder: Any) -> list[str]:
     """Names of the files in a folder, as `Place.path` gives it, and in its folders, relative to it, sorted."""
-    if not is_url(folder):
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    store = filesystem(os.fspath(folder))
-    return sorted(_objects(store, store._strip_protocol(os.fspath(folder)), ""))
+    return sorted(identities_below(folder))
+
+
+def identities_below(folder: Any) -> dict[str, str]:
+    """What tells each file of `names_below` from others of its name: it changes when the file does."""
+    if is_url(folder):
+        store = filesystem(os.fspath(folder))
+        return _objects(store, store._strip_protocol(os.fspath(folder)), "")
+    found = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # it goes while we look
+            stat = path.stat()
+            if S_ISREG(stat.st_mode):
+                found[path.relative_to(folder).as_posix()] = (
+                    f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+                )
+    return found
 
 
 def write_json(name: str, value: Any) -> None:
