@@ -379,9 +379,12 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 def _digests(folder: Any, names: Sequence[str]) -> Iterator[tuple[str, tuple[int, str] | OSError]]:
     """Size and SHA-256 of every file of a folder, or why it cannot be read; many at once of a bucket."""
+    root = folder.resolve() if isinstance(folder, Path) else None
 
     def digest(name: str) -> tuple[str, tuple[int, str] | OSError]:
         try:
+            if root is not None:
+                _check_place(root, root / name)
             return name, files.digest(folder / name)
         except OSError as error:
             return name, error
@@ -393,6 +396,12 @@ def _digests(folder: Any, names: Sequence[str]) -> Iterator[tuple[str, tuple[int
         yield from threads.map(digest, names)
 
 
+def _check_place(root: Path, path: Path) -> None:
+    """Raises OSError where a link leads out of a step, or to what is not a file and may never end."""
+    if path.exists() and not (path.is_file() and path.resolve().is_relative_to(root)):
+        raise OSError(None, "it is a link that leads elsewhere, or no file")
+
+
 def _read_manifest(folder: Any) -> dict[str, Any]:
     """Raises ValueError, with the reason, if the manifest is absent or not as it was written."""
     try:
@@ -402,11 +411,26 @@ def _read_manifest(folder: Any) -> dict[str, Any]:
     try:
         body = json.loads(content)
         del body["sha256"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         body = {}
-    if _encode(body) != content:
+    # Whoever writes another manifest can give it its digest.
+    if _encode(body) != content or not _is_manifest(body):
         raise ValueError(f"{MANIFEST} is damaged")
+    if names := [name for name in body["files"] if files.leads_out(name)]:
+        raise ValueError(f"{MANIFEST} names {names[0]!r:.80}, which leads out of the step")
     return body
+
+
+def _is_manifest(body: Mapping[str, Any]) -> bool:
+    """Whether a JSON object has the parts of a manifest, of their types."""
+    return (
+        body.keys() == {"step", "metric", "meta", "items", "files"}
+        and type(body["step"]) is int
+        and (body["metric"] is None or isinstance(body["metric"], int | float))
+        and all(isinstance(body[part], dict) for part in ("meta", "items", "files"))
+        and all(isinstance(leaves, dict) for leaves in body["items"].values())
+        and all(isinstance(file, dict) and file.keys() == {"bytes", "sha256"} for file in body["files"].values())
+    )
 
 
 def _problem(folder: Any, items: Mapping[str, Any] | None = None) -> str | None:

@@ -17,6 +17,8 @@ from ssl_jax.errors import UserError
 # Our own key in tokenizer_config.json; other tools ignore it.
 _TEMPLATE_KEY = "dialogue_template"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Arguments of transformers' classes that may be paths, or stand for such arguments.
+_NOT_SETTINGS = {"vocab", "merges", "init_inputs", "tokenizer_object"}
 # Each set makes a tokenizer; the first file names it in a message.
 _FILE_SETS = (
     ("tokenizer.json",),
@@ -110,7 +112,7 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = files.read_json(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -138,9 +140,28 @@ def _check_files(directory: Path, settings: Mapping[str, Any]) -> None:
     )
 
 
+def _refuse_paths(name: str) -> None:
+    """Refuses settings by which transformers would read a vocabulary from wherever they say.
+
+    Raises:
+      UserError: there are some.
+    """
+    from transformers.utils.hub import cached_file
+
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        found = cached_file(
+            name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )  # fmt: skip
+        settings = _read_json(Path(found)) if found else {}
+        for key in _NOT_SETTINGS.intersection(settings):
+            raise UserError(f"{found}: {key} may name any file, and is no setting of a tokenizer; remove it")
+
+
 def _read_with_transformers(name: str, *, missing: str) -> TokenizerFiles:
     import transformers
 
+    _refuse_paths(name)
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # damaged files end in any exception: of Rust, of JSON, of a missing key
