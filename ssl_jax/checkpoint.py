@@ -447,8 +447,23 @@ def _describe(leaf: Any) -> str:
 
 
 def _read_manifest(folder: Any) -> dict[str, Any]:
-    """Raises ValueError, with the reason, if the manifest is absent or not as it was written."""
-    return manifest.read(folder / MANIFEST)
+    """Raises ValueError, with the reason, if the manifest is absent, not as it was written, or none of a checkpoint."""
+    body = manifest.read(folder / MANIFEST)
+    # Whoever writes another manifest can give it its digest.
+    if not _is_manifest(body):
+        raise ValueError(f"{MANIFEST} is damaged")
+    return body
+
+
+def _is_manifest(body: Mapping[str, Any]) -> bool:
+    """Whether a JSON object has the parts of a manifest, of their types."""
+    return (
+        body.keys() == {"step", "metric", "meta", "items", "files"}
+        and type(body["step"]) is int
+        and (body["metric"] is None or isinstance(body["metric"], int | float))
+        and all(isinstance(body[part], dict) for part in ("meta", "items"))
+        and all(isinstance(leaves, dict) for leaves in body["items"].values())
+    )
 
 
 def _problem(folder: Any, items: Mapping[str, Any] | None = None) -> str | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from ssl_jax import files
+
 _MAX_BYTES = 4 * 2**30
 
 
@@ -15,13 +17,13 @@ def enable() -> None:
 
     That is `$XDG_CACHE_HOME/ssl_jax/compiled`, by default below `~/.cache`. Another folder that JAX was told of
     (`JAX_COMPILATION_CACHE_DIR`) stands, `JAX_ENABLE_COMPILATION_CACHE=0` switches the cache off, and where the folder
-    cannot be written there is none. Must be called before anything is compiled.
+    is somebody else's or cannot be written there is none. Must be called before anything is compiled.
     """
     if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssl_jax" / "compiled"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_private(folder)  # what is in it is executed
     except (OSError, RuntimeError):  # no permission, or no home
         return
     if os.access(folder, os.W_OK):

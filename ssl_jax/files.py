@@ -6,11 +6,13 @@ Those in a bucket, whose paths are `etils.epath.Path`, are so by themselves.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,5 +91,32 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a JSON file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not JSON in UTF-8, or nested so deep that nobody can mean it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def leads_out(name: Any) -> bool:
+    """Whether what should name a file in a folder, as another file has it, is anything else: a path that leads out."""
+    return not isinstance(name, str) or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/"))
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder that is of use to its owner alone, or checks that nobody else can have put anything into it.
+
+    Raises:
+      OSError: it is somebody else's, or everybody may write into it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if {found.st_uid, folder.lstat().st_uid} != {os.geteuid()} or found.st_mode & stat.S_IWOTH:
+        raise PermissionError(errno.EPERM, "belongs to somebody else, or everybody may write there", os.fspath(folder))
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)

@@ -122,7 +122,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
         stored = files.read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {directory} is not a Hugging Face model") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); copy it again") from None
     if not isinstance(stored, dict):
         raise UserError(f"{path}: expected an object of settings; copy it again")

@@ -32,7 +32,7 @@ def decode(content: bytes) -> dict[str, Any] | None:
     try:
         body = json.loads(content)
         del body["sha256"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return body if encode(body) == content else None
 
@@ -73,8 +73,11 @@ def read(path: Any) -> dict[str, Any]:
     except OSError:
         raise ValueError(f"no {NAME}: writing was cut off, or this is something else") from None
     body = decode(content)
-    if body is None:
+    # Whoever writes another manifest can give it its digest.
+    if body is None or not _declares_files(body.get("files")):
         raise ValueError(f"{NAME} is damaged")
+    if names := [name for name in body["files"] if files.leads_out(name)]:
+        raise ValueError(f"{NAME} names {names[0]!r:.80}, which leads out of its folder")
     return body
 
 
@@ -104,18 +107,32 @@ def problem(folder: Any) -> str | None:
         return str(error)
 
 
+def _declares_files(declared: Any) -> bool:
+    return isinstance(declared, dict) and all(
+        isinstance(file, dict) and file.keys() == {"bytes", "sha256"} for file in declared.values()
+    )
+
+
 def _digests(folder: Any, names: Sequence[str], at_once: int = 1) -> Iterator[tuple[str, tuple[int, str] | OSError]]:
     """Size and SHA-256 of every file of a folder, or why it cannot be read; many at once of a bucket."""
+    root = folder.resolve() if isinstance(folder, Path) else None
 
     def digest(name: str) -> tuple[str, tuple[int, str] | OSError]:
         try:
+            if root is not None:
+                _check_place(root, root / name)
             return name, files.digest(folder / name)
         except OSError as error:
             return name, error
 
-    is_here = isinstance(folder, Path)
-    if is_here and at_once == 1:
+    if root is not None and at_once == 1:
         yield from map(digest, names)
         return
-    with concurrent.futures.ThreadPoolExecutor(at_once if is_here else _READS_AT_ONCE) as threads:
+    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE if root is None else at_once) as threads:
         yield from threads.map(digest, names)
+
+
+def _check_place(root: Path, path: Path) -> None:
+    """Raises OSError where a link leads out of the folder, or to what is not a file and may never end."""
+    if path.exists() and not (path.is_file() and path.resolve().is_relative_to(root)):
+        raise OSError(None, "it is a link that leads elsewhere, or no file")

@@ -314,7 +314,7 @@ def fetch(url: str, keep: Callable[[str], bool]) -> Path:
     with explained(url, "read"):
         if has_wildcards:
             found = {name: info for name, info in store.glob(given, detail=True).items() if info["type"] == "file"}
-            there = {name.removeprefix(f"{root}/"): _identity(info) for name, info in found.items()}
+            there = {_inner(name.removeprefix(f"{root}/")): _identity(info) for name, info in found.items()}
         else:
             objects = _objects(store, root, rest) if root else _objects(store, given, "")
             there = {name: identity for name, identity in objects.items() if name == rest or keep(name)}
@@ -440,15 +440,21 @@ def explanation(url: str, verb: str, error: BaseException) -> str:
 def cache_folder() -> Path:
     """Where copies of what is in buckets lie: `$XDG_CACHE_HOME/ssl_jax/buckets`, by default below `~/.cache`.
 
-    Where that cannot be written, a folder of the machine's temporary ones.
+    Where that cannot be written, a folder of the machine's temporary ones. Nobody else can read or write either.
+
+    Raises:
+      UserError: there is no such folder.
     """
     with contextlib.suppress(OSError, RuntimeError):  # no permission, or no home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssl_jax" / "buckets"
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_private(folder)
         if os.access(folder, os.W_OK):
             return folder
     folder = Path(tempfile.gettempdir()) / f"ssl_jax_buckets_{os.getuid()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        files.make_private(folder)
+    except OSError as error:  # there anybody may have made it
+        raise UserError(f"{folder}: {error.strerror}; set XDG_CACHE_HOME to a folder of yours") from None
     return folder
 
 
@@ -485,10 +491,21 @@ def _objects(store: Any, root: str, name: str) -> dict[str, str]:
             raise
         return {}
     return {
-        path.removeprefix(f"{root}/").lstrip("/"): _identity(info)
+        _inner(path.removeprefix(f"{root}/").lstrip("/")): _identity(info)
         for path, info in found.items()
         if info["type"] == "file" and not path.endswith("/")
     }
+
+
+def _inner(name: str) -> str:
+    """The name of an object, whose copy shall lie in a folder here.
+
+    Raises:
+      UserError: as a path it would lead out of the folder.
+    """
+    if files.leads_out(name):
+        raise UserError(f"an object is named {name!r:.200}, which is no path within a folder; remove or rename it")
+    return name
 
 
 def _identity(info: Mapping[str, Any]) -> str:

@@ -102,6 +102,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: no such file; copy the whole directory")
     try:
         file = safetensors.safe_open(path, framework="numpy", backend="pread")
         tensors = {}
@@ -109,8 +111,6 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
             content = file.get_slice(name)
             tensors[name] = StoredTensor(name, path, content.get_dtype(), tuple(content.get_shape()), content)
         return tensors
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; copy the whole directory") from None
     except (OSError, safetensors.SafetensorError) as error:
         detail = str(error).removeprefix("Error while deserializing header: ")
         raise UserError(f"{path}: truncated, damaged or not safetensors ({detail:.200}); copy it again") from None

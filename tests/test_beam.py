@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickle
 import random
 import sys
 import time
@@ -186,7 +187,18 @@ def test_options_that_beam_refuses_are_told_before_any_work(settings, tmp_path, 
 @pytest.mark.beam
 def test_a_worker_without_the_shared_folder_says_so(tmp_path):
     with pytest.raises(UserError, match="not on this worker"):
-        beam_runner._attempt(work, tmp_path / "elsewhere", 0)
+        beam_runner._attempt(work, tmp_path / "elsewhere", "", 0)
+
+
+def test_tasks_that_somebody_else_wrote_into_the_shared_folder_are_not_unpickled(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "trace",)
+
+    (tmp_path / "tasks.pickle").write_bytes(pickle.dumps([Attack()]))
+    with pytest.raises(UserError, match="not what the launcher wrote"):
+        beam_runner._tasks(tmp_path, "0" * 64)
+    assert not (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize("option", ["runner=FlinkRunner", "", "-r"])

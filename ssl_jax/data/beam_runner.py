@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import logging
 import pickle
@@ -57,32 +58,45 @@ def run(function: Callable[[Task], None], tasks: Sequence[Task], folder: Path, o
     with tempfile.TemporaryDirectory(prefix="beam-", dir=folder) as name:
         shared = Path(name)
         # Not in the pipeline: runners limit its size, and tasks share much that a file holds once.
-        with open(shared / _TASKS, "wb") as stream:
-            pickle.dump(list(tasks), stream)
+        content = pickle.dumps(list(tasks))
+        (shared / _TASKS).write_bytes(content)
         with pipeline:
-            attempt = functools.partial(_attempt, function, shared)
+            attempt = functools.partial(_attempt, function, shared, hashlib.sha256(content).hexdigest())
             _ = pipeline | "Numbers" >> beam.Create(range(len(tasks)), reshuffle=True) | "Run" >> beam.Map(attempt)
         raised = sorted(shared.glob(f"*{_RAISED}"), key=lambda file: int(file.stem))
-        exceptions = [pickle.loads(file.read_bytes()) for file in raised]
+        exceptions = [_exception(files.read_json(file)) for file in raised]
         if exceptions:  # another attempt may get past a disk that is full, not past the user's mistake
             raise min(exceptions, key=lambda exception: isinstance(exception, OSError))
 
 
-def _attempt(function: Callable[[Any], None], shared: Path, number: int) -> None:
+def _attempt(function: Callable[[Any], None], shared: Path, digest: str, number: int) -> None:
     """Runs a task on a worker, and writes down what the launcher shall raise: runners only hand on text."""
     if not shared.is_dir():
         raise UserError(f"{shared}: not on this worker; all of them need data.prepared_dir at the same path")
     with _one_at_a_time:
         try:
-            function(_tasks(shared)[number])
+            function(_tasks(shared, digest)[number])
         except (UserError, OSError) as error:
-            with files.replacing(shared / f"{number}{_RAISED}") as stream:
-                pickle.dump(error, stream)
+            is_system = isinstance(error, OSError)
+            told = (
+                [error.errno, error.strerror or str(error), error.filename and str(error.filename)]
+                if is_system
+                else [str(error)]
+            )
+            files.write_json(shared / f"{number}{_RAISED}", told)
+
+
+def _exception(told: Sequence[Any]) -> UserError | OSError:
+    return UserError(*told) if len(told) == 1 else OSError(*told)
 
 
 @functools.lru_cache(maxsize=1)
-def _tasks(shared: Path) -> Sequence[Any]:
-    return pickle.loads((shared / _TASKS).read_bytes())
+def _tasks(shared: Path, digest: str) -> Sequence[Any]:
+    """What the launcher wrote. A pickle runs code: its digest must be the one that Beam brought with the function."""
+    content = (shared / _TASKS).read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"{shared / _TASKS}: not what the launcher wrote; see who else may write there")
+    return pickle.loads(content)
 
 
 def _make_pipeline(options: Sequence[str]) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """A tokenizer's own chat template, read as a layout: any Jinja template that writes contents as they are.
 
-The template is rendered by transformers, in its sandbox, with stand-ins for the contents. Where these come out is where
+The template is rendered by `template_renderer`, with stand-ins for the contents. Where these come out is where
 contents go, and control tokens are looked for in the rest only. A template that does more with a content than strip it,
 or that puts no control token between two of them, is refused.
 """
@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ssl_jax.data import template_renderer
 from ssl_jax.data.templates import Content, Control, Layout, Part, Template, Text, kind_of
 from ssl_jax.errors import UserError
 
@@ -94,22 +95,14 @@ class ChatTemplate:
 
     def _render(self, roles: Sequence[str], contents: Sequence[str], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text, and where in it `{% generation %}` blocks lie."""
-        from jinja2 import TemplateError as JinjaError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
-            texts, blocks = render_jinja_template(
-                [messages],
-                chat_template=self.source,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self._has_blocks,
-                **self._variables,
+            return template_renderer.render(
+                self.source, messages, prompt=prompt, blocks=self._has_blocks, variables=self._variables
             )
-        except (JinjaError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except template_renderer.RenderError as error:
             shown = ", ".join(roles[:4]) + (", …" if len(roles) > 4 else "")
-            raise TemplateError(f"refuses turns of the roles {shown} ({' '.join(str(error).split())})") from None
-        return texts[0], [(int(start), int(stop)) for start, stop in blocks[0]] if self._has_blocks else []
+            raise TemplateError(f"refuses turns of the roles {shown} ({error})") from None
 
     def _opening_of_replies(self) -> tuple[str, str, str]:
         """What opens a reply: what the template adds to a prompt, what we add to it, and what the model has to write.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config.data import FieldMapping
-from ssl_jax.data.formats.rows import BadRow, Row, raw_turns
+from ssl_jax.data.formats.rows import BadRow, Row, raw_turns, told
 from ssl_jax.dialogue import ROLES, Role, Turn
 from ssl_jax.errors import UserError
 
@@ -79,7 +79,7 @@ def to_row(example: Mapping[str, Any], number: int, fields: FieldMapping, labels
     values = {name: _plain(value, labels, name) for name, value in example.items()}
     own_id = _value(values, fields.id) if fields.id else None
     if own_id is not None and (isinstance(own_id, bool) or not isinstance(own_id, str | int)):
-        raise BadRow("id is not text", f"{own_id!r:.60}")
+        raise BadRow("id is not text", f"found {told(own_id)}")
     turns, is_log = _turns(values, fields, labels, split_lines)
     return Row(
         line=number,
@@ -207,7 +207,7 @@ def _role(message: Any, position: int, role_field: str, fields: FieldMapping, la
     said = _value(message, role_field)
     roles = _roles(tuple(fields.roles.items()), labels.get(f"{fields.messages}.{role_field}", ()))
     if (role := roles.get(str(said))) is None:
-        raise BadRow("unknown role", f"message {position} has {role_field} {said!r:.60}; name it in fields.roles")
+        raise BadRow("unknown role", f"message {position} has {role_field} {told(said)}; name it in fields.roles")
     return role
 
 

@@ -9,12 +9,12 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ssl_jax import files
 from ssl_jax.config import Source
 from ssl_jax.data import field_mapping
 from ssl_jax.data.formats.rows import Accepted, BadRow, Expected, Rejected, finish
@@ -186,7 +186,7 @@ def _check_feature_classes(folder: Path) -> None:
     """
     file = folder / "features.json"
     try:
-        pending = [json.loads(file.read_bytes())]
+        pending = [files.read_json(file)]
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
     while pending:

@@ -20,7 +20,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ssl_jax import manifest
+from ssl_jax import files, manifest
 from ssl_jax.data.tokenizer import DialogueTokenizer, EncodedDialogue
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.errors import UserError
@@ -174,7 +174,7 @@ class Prepared:
         """
         directory = Path(directory)
         try:
-            summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+            summary = files.read_json(directory / "summary.json")
         except FileNotFoundError:
             raise UserError(f"{directory}: not prepared data (no summary.json); run ssl_jax.prepare") from None
         except ValueError as error:

@@ -18,6 +18,8 @@ from ssl_jax.errors import UserError
 # Our own key in tokenizer_config.json; other tools ignore it.
 _TEMPLATE_KEY = "dialogue_template"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Arguments of transformers' classes that may be paths, or stand for such arguments.
+_NOT_SETTINGS = {"vocab", "merges", "init_inputs", "tokenizer_object"}
 # Each set makes a tokenizer; the first file names it in a message.
 _FILE_SETS = (
     ("tokenizer.json",),
@@ -114,7 +116,7 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = files.read_json(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -142,14 +144,36 @@ def _check_files(directory: Path, settings: Mapping[str, Any]) -> None:
     )
 
 
+def _refuse_paths(name: str) -> None:
+    """Refuses settings by which transformers would read a vocabulary from wherever they say.
+
+    Args:
+      name: of a directory, or of files of the hub that have been downloaded.
+
+    Raises:
+      UserError: there are some.
+    """
+    from transformers.utils.hub import cached_file
+
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        found = cached_file(name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        settings = _read_json(Path(found)) if found else {}
+        for key in sorted(_NOT_SETTINGS.intersection(settings)):
+            raise UserError(f"{found}: {key} may name any file, and is no setting of a tokenizer; remove it")
+
+
 def _read_with_transformers(name: str, *, missing: str) -> TokenizerFiles:
     import transformers
 
+    if Path(name).is_dir():
+        _refuse_paths(name)
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # damaged files end in any exception: of Rust, of JSON, of a missing key
         detail = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"tokenizer {name}: {missing} ({detail})") from None
+    if not Path(name).is_dir():  # what came from the hub is here now
+        _refuse_paths(name)
     if not loaded.is_fast:
         raise UserError(f"tokenizer {name}: has no fast version (tokenizer.json)")
     if loaded.backend_tokenizer.get_vocab_size() <= len(loaded.all_special_tokens):

@@ -100,6 +100,8 @@ def read_rows(directory: Path, round_number: int) -> list[dict[str, Any]]:
     _verify(folder)
     rows = []
     for name in summary["sha256"]:
+        if files.leads_out(name):
+            raise UserError(f"{folder / _SUMMARY} names {name!r:.80}, which leads out of the round; remove {folder}")
         reader = ArrayRecordReader(str(folder / name))
         rows += [json.loads(record) for record in reader.read_all()]
         reader.close()

@@ -21,7 +21,7 @@ from typing import Any
 from ssl_jax.config import Source
 from ssl_jax.data.formats import json_text
 from ssl_jax.data.formats.lines import MAX_LINE_BYTES
-from ssl_jax.data.formats.rows import BadRow, Row, attempt, speaking_turns
+from ssl_jax.data.formats.rows import BadRow, Row, attempt, speaking_turns, told
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def utc(value: object) -> datetime.datetime:
             time = datetime.datetime.fromisoformat(str(value))
         return (time.astimezone(datetime.UTC) if time.tzinfo else time).replace(tzinfo=None, microsecond=0)
     except (ValueError, OverflowError, OSError):
-        raise BadRow("no time", f"{value!r:.60}") from None
+        raise BadRow("no time", f"found {told(value)}") from None
 
 
 def in_order(messages: Iterable[Message | BadRow]) -> list[Message | BadRow]:

@@ -11,7 +11,7 @@ from ssl_jax.config import Source
 from ssl_jax.data.formats import json_text
 from ssl_jax.data.formats.chat import Chat, Message, dialogues, in_order, parsed, utc
 from ssl_jax.data.formats.lines import document
-from ssl_jax.data.formats.rows import BadRow, Row
+from ssl_jax.data.formats.rows import BadRow, Row, told
 
 # Messages that somebody wrote; all other types say that something happened.
 _WRITTEN = frozenset({"Default", "Reply", "ThreadStarterMessage", "ChatInputCommand", "ApplicationCommand", "0", "19"})
@@ -63,7 +63,7 @@ def _message(number: int, value: Any) -> Message:
     author = json_text.mapping(value.get("author"))
     speaker = author.get("nickname") or author.get("name") or author.get("id")
     if text and not isinstance(speaker, str):
-        raise BadRow("speaker is not text", f"{author!r:.60}")
+        raise BadRow("speaker is not text", f"found {told(speaker)}")
     if str(value.get("type", "Default")) not in _WRITTEN:
         text = ""
     id = value.get("id")

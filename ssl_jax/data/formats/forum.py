@@ -20,7 +20,7 @@ from ssl_jax.config.data import PostFields
 from ssl_jax.data.formats.chat import utc
 from ssl_jax.data.formats.json_rows import values
 from ssl_jax.data.formats.lines import MAX_DOCUMENT_BYTES
-from ssl_jax.data.formats.rows import BadRow, Row, attempt, speaking_turns
+from ssl_jax.data.formats.rows import BadRow, Row, attempt, speaking_turns, told, told_keys
 from ssl_jax.errors import UserError
 
 _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -164,7 +164,7 @@ def _post(number: int, value: Any, fields: PostFields) -> _Post:
         raise BadRow("not an object", f"found {type(value).__name__}")
     id = _identifier(value, fields, "id")
     if id is None:
-        raise BadRow("post without id", f"found {', '.join(map(str, list(value)[:6])) or 'no fields'}")
+        raise BadRow("post without id", f"found {told_keys(value)}")
     text = _field(value, fields, "text")[1]
     title = value.get("title")
     if text is None:
@@ -193,7 +193,7 @@ def _identifier(value: Mapping[str, Any], fields: PostFields, name: str) -> str 
     if found is None or found == "" or isinstance(found, bool):
         return None
     if not isinstance(found, str | int):
-        raise BadRow("id is not text", f"{name} {found!r:.60}")
+        raise BadRow("id is not text", f"{name} is {told(found)}")
     return _KIND_OF_ID.sub("", str(found))
 
 

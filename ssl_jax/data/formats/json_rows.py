@@ -10,7 +10,7 @@ from typing import Any, get_args
 from ssl_jax.config import Source
 from ssl_jax.data.formats import json_text
 from ssl_jax.data.formats.lines import Line, Span, document, filled_lines
-from ssl_jax.data.formats.rows import BadRow, Row, attempt, raw_turns
+from ssl_jax.data.formats.rows import BadRow, Row, attempt, raw_turns, told, told_keys
 from ssl_jax.dialogue import Role, Turn
 
 _ROLES: Mapping[str, Role] = {role: role for role in get_args(Role)}
@@ -92,7 +92,7 @@ def row(number: int, value: Any, format: str, source: Source) -> Row:
     turns, used = _PARSERS[format](value, source.split_lines)
     own_id = value.get("id")
     if own_id is not None and (isinstance(own_id, bool) or not isinstance(own_id, str | int)):
-        raise BadRow("id is not text", f"{own_id!r:.60}")
+        raise BadRow("id is not text", f"found {told(own_id)}")
     metadata = {key: item for key, item in value.items() if key not in used and key != "id"}
     return Row(number, turns, None if own_id in (None, "") else str(own_id), metadata)
 
@@ -147,7 +147,7 @@ def _turns(messages: Any, role_key: str, text_key: str, roles: Mapping[str, Role
             raise BadRow("message is not an object", f"message {position}")
         role = message.get(role_key)
         if not isinstance(role, str) or role not in roles:
-            raise BadRow("unknown role", f"message {position} has {role_key} {role!r:.60}")
+            raise BadRow("unknown role", f"message {position} has {role_key} {told(role)}")
         turns.append(Turn(roles[role], _text(message.get(text_key), f"message {position}")))
     return tuple(turns)
 
@@ -159,7 +159,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _missing(row: Mapping[str, Any], what: str) -> BadRow:
-    return BadRow(f"no {what}", f"found {', '.join(map(str, list(row)[:6])) or 'no fields'}")
+    return BadRow(f"no {what}", f"found {told_keys(row)}")
 
 
 KEYS: Mapping[str, frozenset[str]] = {

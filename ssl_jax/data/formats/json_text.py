@@ -175,7 +175,7 @@ def _refuse_constant(name: str) -> float:
 
 def _finite(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
-        raise ValueError(f"{digits} is out of range")
+        raise ValueError(f"a number of {len(digits)} characters is out of range")
     return value
 
 

@@ -47,11 +47,11 @@ def _log(block: Sequence[Line], source: Source) -> Row:
     for line in block:
         speaker, tab, text = line.text.partition("\t")
         if not tab or not speaker.strip():
-            raise BadRow("no speaker<TAB>text", f"{line.text[:60]!r}", line.number)
+            raise BadRow("no speaker<TAB>text", f"a line of {len(line.text)} characters", line.number)
         utterances.append((speaker.strip(), text))
     speakers = list(dict.fromkeys(speaker for speaker, _ in utterances))
     if source.assistant is None and len(speakers) > 2:
-        raise BadRow("more than two speakers", ", ".join(speakers[:4]))
+        raise BadRow("more than two speakers", f"{len(speakers)}; set the source's assistant")
     assistant = source.assistant or (speakers[1] if len(speakers) == 2 else "")
     merged = merge_consecutive((role_of(speaker, assistant), text) for speaker, text in utterances)
     return Row(block[0].number, tuple(Turn(role, text) for role, text in merged), is_log=True)
@@ -95,7 +95,7 @@ def _parlai_fields(line: Line) -> Mapping[str, str]:
     ends = [*(match.start() for match in found), len(text)][1:]
     fields = {match[1]: text[match.end() : end] for match, end in zip(found, ends, strict=True)}
     if not found or found[0].start() > 0 or not (fields.get("text") or _labels(fields)):
-        raise BadRow("no text:… and labels:…", f"{text[:60]!r}")
+        raise BadRow("no text:… and labels:…", f"a line of {len(text)} characters")
     return fields
 
 

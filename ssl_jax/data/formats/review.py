@@ -15,7 +15,7 @@ from typing import Any
 
 from ssl_jax.config import Source
 from ssl_jax.data.formats import json_rows
-from ssl_jax.data.formats.rows import BadRow, Row, attempt
+from ssl_jax.data.formats.rows import BadRow, Row, attempt, told, told_keys
 
 REJECTED, PENDING = "review_rejected", "review_pending"
 
@@ -36,7 +36,7 @@ def is_review(value: Mapping[str, Any]) -> bool:
 
 def _row(number: int, value: Any, source: Source) -> Row:
     if isinstance(value, dict) and value.get("messages") is None:
-        raise BadRow("no messages", f"found {', '.join(map(str, list(value)[:6])) or 'no fields'}")
+        raise BadRow("no messages", f"found {told_keys(value)}")
     row = json_rows.row(number, value, "messages", source)
     verdict = row.metadata.get("verdict")
     match verdict:
@@ -47,7 +47,7 @@ def _row(number: int, value: Any, source: Source) -> Row:
         case None:
             left_out = PENDING
         case _:
-            raise BadRow("unknown verdict", f"{verdict!r:.60}; a verdict is accept, reject or null")
+            raise BadRow("unknown verdict", f"{told(verdict)}; a verdict is accept, reject or null")
     round_number = row.metadata.get("round")
     return dataclasses.replace(
         row,

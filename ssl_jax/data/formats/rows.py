@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,6 +14,9 @@ from ssl_jax.dialogue import Dialogue, Role, Turn
 Expected = Literal["labeled", "unlabeled"]
 Speaker = TypeVar("Speaker")
 Value = TypeVar("Value")
+
+# What a program would call a field, a role or a time.
+_NAME = re.compile(r"[\w.:/+-]{1,40}", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +61,18 @@ class Accepted:
     def place(self) -> str:
         """File and line for people."""
         return f"{self.name}:{self.line}"
+
+
+def told(value: Any) -> str:
+    """A value as a message may show it: names and numbers; of all else, which may be what somebody said, what it is."""
+    if isinstance(value, str):
+        return repr(value) if _NAME.fullmatch(value) else f"a text of {len(value)} characters"
+    return repr(value) if value is None or isinstance(value, bool | float) else f"{type(value).__name__}"
+
+
+def told_keys(row: Mapping[str, Any]) -> str:
+    """The first keys of an object, as a message may show them."""
+    return ", ".join(key if _NAME.fullmatch(key) else told(key) for key in map(str, list(row)[:6])) or "no fields"
 
 
 def duplicate_id(file: str, line: int, id: str, first: str) -> Rejected:

@@ -19,7 +19,7 @@ from ssl_jax.data.formats import json_text
 from ssl_jax.data.formats.chat import Chat, Message, dialogues, in_order, utc
 from ssl_jax.data.formats.json_rows import values
 from ssl_jax.data.formats.lines import document
-from ssl_jax.data.formats.rows import BadRow, Row, attempt
+from ssl_jax.data.formats.rows import BadRow, Row, attempt, told
 
 # Subtypes of messages that somebody wrote; all others say that something happened.
 _WRITTEN = frozenset({"", "bot_message", "file_comment", "file_share", "me_message", "thread_broadcast"})
@@ -79,7 +79,7 @@ def _message(number: int, value: Any, users: Mapping[str, str], file: Path) -> M
         raise BadRow("content is not text", f"message has {type(text).__name__}")
     user = value.get("user") or value.get("username") or value.get("bot_id") or ""
     if not isinstance(user, str):
-        raise BadRow("speaker is not text", f"{user!r:.60}")
+        raise BadRow("speaker is not text", f"found {told(user)}")
     time = utc(value.get("ts"))
     is_written = value.get("type", "message") == "message" and (value.get("subtype") or "") in _WRITTEN
     said = _MARKUP.sub(lambda match: _plain(match, users), text) if is_written else ""
@@ -110,7 +110,7 @@ def _users(file: Path) -> dict[str, str]:
     names = {}
     for user in value:
         if not isinstance(user, dict) or not isinstance(user.get("id"), str):
-            raise BadRow("not a list of users", f"{user!r:.60}")
+            raise BadRow("not a list of users", f"found {told(user)}")
         profile = json_text.mapping(user.get("profile"))
         known = (profile.get("display_name"), user.get("real_name"), profile.get("real_name"), user.get("name"))
         names[user["id"]] = next((name for name in known if isinstance(name, str) and name), user["id"])

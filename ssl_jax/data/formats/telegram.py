@@ -11,7 +11,7 @@ from ssl_jax.config import Source
 from ssl_jax.data.formats import json_text
 from ssl_jax.data.formats.chat import Chat, Message, dialogues, in_order, parsed, utc
 from ssl_jax.data.formats.lines import document
-from ssl_jax.data.formats.rows import BadRow, Row
+from ssl_jax.data.formats.rows import BadRow, Row, told
 
 # The lists of chats in an export of everything.
 _LISTS = ("chats", "left_chats")
@@ -107,7 +107,7 @@ def _message(number: int, value: Any) -> Message:
     text = "" if value.get("type") == "service" else _text(value.get("text", ""))
     speaker = value.get("from") or value.get("from_id") or value.get("actor") or ""
     if text and not isinstance(speaker, str):
-        raise BadRow("speaker is not text", f"{speaker!r:.60}")
+        raise BadRow("speaker is not text", f"found {told(speaker)}")
     return Message(
         number, str(speaker), time, text, None if id is None else str(id), None if answers is None else str(answers)
     )
@@ -121,5 +121,5 @@ def _text(value: Any) -> str:
         [part.get("text") if isinstance(part, dict) else part for part in value] if isinstance(value, list) else [None]
     )
     if not all(isinstance(part, str) for part in parts):
-        raise BadRow("content is not text", f"{value!r:.60}")
+        raise BadRow("content is not text", f"message has {type(value).__name__}")
     return "".join(part for part in parts if isinstance(part, str))

@@ -105,7 +105,7 @@ def _messages(file: Path, order: _Order) -> Iterator[Message | BadRow]:
             if isinstance(text, BadRow):
                 yield text
             elif not is_lost:
-                yield BadRow("no date and time", f"{text[:60]!r}", line.number)
+                yield BadRow("no date and time", f"a line of {len(text)} characters", line.number)
             is_lost = True
         elif time is not None and header is not None:
             yield from finished()

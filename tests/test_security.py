@@ -1,0 +1,504 @@
+"""Attacks, made for real: what strangers can put into files that we read runs nothing, leads nowhere and ends soon."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from ssl_jax import checkpoint as checkpoints
+from ssl_jax import command_line, compilation_cache, files, huggingface, storage, tensor_files, train
+from ssl_jax.config import Source
+from ssl_jax.data import formats, named, store, template_renderer
+from ssl_jax.data.formats import Expected
+from ssl_jax.data.tokenizer import DialogueTokenizer
+from ssl_jax.errors import UserError
+from ssl_jax.pseudo_labels import rounds
+
+SOURCES = sorted(
+    path for folder in ("ssl_jax", "benchmarks", "launch", ".ci") for path in (tiny.ROOT / folder).rglob("*.py")
+)
+# What makes objects of bytes by running what the bytes say.
+LOADERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
+# Beam hands its workers pickles whatever we do; this one carries what it carries, and is compared with its digest.
+PICKLES = {"ssl_jax/data/beam_runner.py"}
+
+
+def names_of(node: ast.AST) -> Iterator[str]:
+    """The modules that an import names, or the dotted name of what is called."""
+    match node:
+        case ast.Import():
+            yield from (alias.name for alias in node.names)
+        case ast.ImportFrom():
+            yield node.module or ""
+        case ast.Call():
+            yield ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(tiny.ROOT)))
+def test_no_source_runs_what_a_file_says(path: Path) -> None:
+    """No pickle and its kin, no `eval` and `exec`, no YAML but the safe kind, no code from a model's directory."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        for name in names_of(node):
+            parts = name.split(".")
+            if parts[0] in LOADERS and path.relative_to(tiny.ROOT).as_posix() not in PICKLES:
+                found.append(name)
+            # `network.eval()` of PyTorch is another thing.
+            if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"):
+                found.append(name)
+            if parts[0] == "yaml" and parts[-1] in ("load", "load_all", "unsafe_load", "full_load"):
+                loader = [ast.unparse(word) for word in (*node.args[1:], *(word.value for word in node.keywords))]
+                if parts[-1] not in ("load", "load_all") or loader not in (["_StrictLoader"], ["_LOADER"]):
+                    found.append(ast.unparse(node))
+        is_off = isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant) and node.value.value is False
+        if getattr(node, "arg", None) in ("allow_pickle", "trust_remote_code", "shell") and not is_off:
+            found.append(ast.unparse(node))
+    assert not found
+
+
+def test_a_tag_of_python_in_a_configuration_is_refused_and_runs_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    config = tmp_path / "config.yaml"
+    for text in (
+        f"seed: !!python/object/apply:os.system ['touch {trace}']",
+        f"!!python/object/new:subprocess.check_output [['touch', '{trace}']]",
+        "train: !!python/name:os.system",
+        f"workdir: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{trace}']]",
+    ):
+        config.write_text(text, encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["train", "--config", str(config)])
+        with pytest.raises(SystemExit) as ended:
+            command_line.run(train.main)
+        error = capfd.readouterr().err
+        assert ended.value.code == 2 and error.startswith("error: ") and "not valid YAML" in error
+        assert not trace.exists()
+
+
+def tokenizer_with(chat_template: str) -> DialogueTokenizer:
+    """A tokenizer of bytes with the chat template of a stranger."""
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(letters, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore
+    backend.add_special_tokens(["<s>", "</s>"])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<s>"}
+    return DialogueTokenizer(backend, template="chat_template", named_tokens=named, chat_template=chat_template)
+
+
+HARMLESS = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ (''|attr('__class__')).mro() }}",
+        "{{ '{0.__class__.__mro__}'.format('') }}",
+        "{{ ('%s'|attr('format'))('').__class__.x.y }}",
+        "{{ cycler.__init__.__globals__.os.system('touch TRACE') }}",
+        "{{ lipsum.__globals__['os'].system('touch TRACE') }}",
+        "{{ joiner.__init__.__globals__.__builtins__.open('TRACE', 'w') }}",
+        "{{ raise_exception.__globals__['json'].codecs.open('TRACE', 'w') }}",
+        "{{ strftime_now.__globals__['os'].system('touch TRACE') }}",
+        "{{ dict.__init__.__globals__.os.system('touch TRACE').x }}",
+        "{{ self._TemplateReference__context.environment.x.y }}",
+        "{% set a = namespace(__class__=1) %}",
+        "{% include '/etc/hostname' %}",
+        "{% import 'os' as os %}{{ os.system('touch TRACE') }}",
+        "{% extends '/etc/hostname' %}",
+        "{{ messages.append('x') }}",
+        "{% for m in messages %}{{ m.update(content='forged') }}{% endfor %}",
+    ],
+)
+def test_a_chat_template_cannot_leave_its_sandbox(attack: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    tokenizer_with(HARMLESS)
+    with pytest.raises(UserError, match="chat template"):
+        tokenizer_with(HARMLESS + attack.replace("TRACE", str(trace)))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{% for x in range(99999) %}{% for y in range(99999) %}{% set z = x * y %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+        "{{ 10 ** (10 ** 10) }}",
+        "{{ 'a' * 10 ** 12 }}",
+        "{{ 'a'|center(10 ** 12) }}",
+        "{{ '%1000000000000d' % 1 }}",
+        "{{ lipsum(n=10 ** 9) }}",
+        "{% set x = namespace(y='aaaaaaaa') %}{% for i in range(99) %}{% set x.y = x.y ~ x.y %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ " + "(" * 10_000 + ")" * 10_000 + " }}",
+        "{{ 'a' * 2 ** 25 }}",
+        "{# " + "a" * 2**20 + " #}",
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_a_chat_template_without_end_or_bounds_is_ended(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_renderer, "_SECONDS", 1)
+    tokenizer_with(HARMLESS)  # the time that the renderer takes to start is another's
+    before = time.monotonic()
+    with pytest.raises(UserError, match="chat template"):
+        tokenizer_with(HARMLESS + attack)
+    assert time.monotonic() - before < 20
+    tokenizer_with(HARMLESS)  # and what comes after is served
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("key", ["vocab", "merges", "init_inputs"])
+def test_a_tokenizer_cannot_name_a_file_elsewhere_as_its_vocabulary(tmp_path: Path, file: str, key: str) -> None:
+    secret, directory = tmp_path / "secret.txt", tmp_path / "model"
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "hello"]
+    secret.write_text("\n".join([*words, "password"]))
+    directory.mkdir()
+    (directory / "vocab.txt").write_text("\n".join(words))
+    (directory / "config.json").write_text('{"model_type": "bert"}')
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    DialogueTokenizer.load(directory)
+    value = [str(secret)] if key == "init_inputs" else str(secret)
+    (directory / file).write_text(json.dumps({"tokenizer_class": "BertTokenizer", key: value}))
+    with pytest.raises(UserError, match=f"{file}: {key} may name any file"):
+        DialogueTokenizer.load(directory)
+
+
+def test_a_models_directory_cannot_bring_code(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "vocab.json", [{letter: n for n, letter in enumerate("abc")}])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'trace')!r}).touch()\n")
+    code = {"auto_map": {"AutoConfig": "evil.A", "AutoTokenizer": ["evil.A", "evil.A"], "AutoModel": "evil.A"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "A", **code}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **code}))
+    for load in (DialogueTokenizer.load, huggingface.read_settings):
+        with contextlib.suppress(UserError):
+            load(tmp_path)
+    assert not (tmp_path / "trace").exists()
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", huggingface.read_settings),
+        ("generation_config.json", huggingface.read_generation),
+        ("model.safetensors.index.json", tensor_files.open_tensors),
+        ("tokenizer_config.json", DialogueTokenizer.load),
+        ("tokenizer.json", DialogueTokenizer.load),
+        ("summary.json", store.Prepared.open),
+        ("features.json", named._check_feature_classes),
+    ],
+)
+def test_json_nested_without_end_is_refused_by_its_name(tmp_path: Path, name: str, read: Callable[[Path], Any]) -> None:
+    (tmp_path / name).write_text(DEEP)
+    with pytest.raises(UserError, match=re.escape(name)):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "place", ["..", "../model.safetensors", "/dev/zero", "a/../../x", "", ".", "model.safetensors\0", 3]
+)
+def test_an_index_of_weights_names_files_of_its_directory(tmp_path: Path, place: Any) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte": place}}))
+    with pytest.raises(UserError, match=r"which is not a file of this directory|no such file"):
+        tensor_files.open_tensors(directory)
+
+
+def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model-1.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"wte": "model-1.safetensors"}}')
+    with pytest.raises(UserError, match="no such file"):
+        tensor_files.open_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("size", [10 * 2**30, 2**63, 2**64 - 1])
+def test_a_header_of_weights_that_would_fill_memory_is_refused(tmp_path: Path, size: int) -> None:
+    (tmp_path / "model.safetensors").write_bytes(size.to_bytes(8, "little") + b'{"wte": ')
+    with pytest.raises(UserError, match=r"model\.safetensors: truncated, damaged or not safetensors"):
+        tensor_files.open_tensors(tmp_path)
+
+
+def checkpoint(folder: Path) -> tuple[checkpoints.Checkpoints, Path]:
+    """A step that verifies."""
+    saved = checkpoints.Checkpoints(folder / "checkpoints")
+    saved.save(1, {"params": {"weight": np.ones(3, np.float32)}}, {})
+    assert saved.newest() == 1
+    saved.close()
+    return checkpoints.Checkpoints(folder / "checkpoints"), folder / "checkpoints" / "1"
+
+
+def forge(step: Path, /, **changes: Any) -> None:
+    """Changes a manifest as somebody does who knows that it has a digest of itself."""
+    body = {**checkpoints._read_manifest(step), **changes}
+    (step / "manifest.json").write_bytes(checkpoints._encode(body))
+
+
+@pytest.mark.parametrize("name", ["../secret", "/dev/zero", "params/../../../secret", "", ".", "params/..", "a\0b"])
+def test_a_manifest_does_not_make_us_read_what_is_no_part_of_its_step(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, step = checkpoint(tmp_path)
+    content = b"a secret"
+    (tmp_path / "checkpoints" / "secret").write_bytes(content)
+    (tmp_path / "secret").write_bytes(content)
+    known = checkpoints._read_manifest(step)["files"]
+    forge(step, files={**known, name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+    monkeypatch.setattr(files, "digest", lambda path: pytest.fail(f"read {path}"))
+    assert saved.newest() is None
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "../../../secret", "pipe"])
+def test_a_link_in_a_step_leads_nowhere(tmp_path: Path, target: str) -> None:
+    saved, step = checkpoint(tmp_path)
+    (tmp_path / "secret").write_bytes(b"")
+    os.mkfifo(step / "pipe")
+    (step / "params" / "link").symlink_to(step / "pipe" if target == "pipe" else target)
+    known = checkpoints._read_manifest(step)["files"]
+    forge(step, files={**known, "params/link": {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}})
+    assert saved.newest() is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "1"},
+        {"step": True},
+        {"items": ["params"]},
+        {"items": {"params": None}},
+        {"files": None},
+        {"files": {"params/x": 3}},
+        {"files": {"params/x": {"bytes": 1}}},
+        {"metric": "low"},
+        {"meta": 1},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_other_types_is_damaged(tmp_path: Path, changes: dict[str, Any]) -> None:
+    saved, step = checkpoint(tmp_path)
+    forge(step, **changes)
+    assert saved.newest() is None and saved.best() is None
+    with pytest.raises(UserError, match="is damaged"):
+        saved.meta(1)
+
+
+def test_a_manifest_nested_without_end_is_damaged(tmp_path: Path) -> None:
+    saved, step = checkpoint(tmp_path)
+    (step / "manifest.json").write_text(DEEP)
+    assert saved.newest() is None
+
+
+def test_a_round_reads_shards_of_its_own_folder(tmp_path: Path) -> None:
+    rounds.write(tmp_path, 0, [{"id": "a", "messages": [{"role": "user", "content": "hi"}]}], {})
+    (shard,) = rounds.read_summary(tmp_path, 0)["sha256"]  # pyright: ignore[reportOptionalSubscript]
+    moved = (tmp_path / "round_0" / shard).rename(tmp_path / shard)
+    summary = {"sha256": {f"../{shard}": hashlib.sha256(moved.read_bytes()).hexdigest()}}
+    files.write_json(tmp_path / "round_0" / "summary.json", summary)
+    with pytest.raises(UserError, match="is damaged"):
+        rounds.read_rows(tmp_path, 0)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/../../../evil", "a//../x"])
+def test_an_object_of_a_bucket_cannot_be_copied_out_of_its_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(storage._DRIVERS, "memory", ("fsspec", "none", "ask for it"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    listed = {f"/bucket/run/{name}": {"type": "file", "size": 4, "name": name}}
+    store = storage.filesystem("memory://bucket/run")
+    monkeypatch.setattr(store, "find", lambda *_, **__: dict(listed))
+    monkeypatch.setattr(store, "glob", lambda *_, **__: dict(listed))
+    monkeypatch.setattr(store, "get", lambda *_: pytest.fail("copied"))
+    with pytest.raises(UserError, match="no path within a folder"):
+        storage.Bucket("memory://bucket/run", tmp_path / "mirror").pull()
+    for url in ("memory://bucket/run", "memory://bucket/run/*"):
+        with pytest.raises(UserError, match="no path within a folder"):
+            storage.fetch(url, lambda _: True)
+
+
+def test_folders_of_the_cache_are_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = storage.cache_folder()
+    assert folder == tmp_path / "ssl_jax" / "buckets" and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o775)  # as an earlier version left it
+    assert storage.cache_folder().stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("trap", ["of others", "open to all", "a link of others"])
+def test_a_folder_that_somebody_else_may_have_filled_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str
+) -> None:
+    """Temporary folders are shared: anybody can make the one that we would use, before us."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # there is no cache
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"ssl_jax_buckets_{os.getuid()}"
+    if trap == "a link of others":
+        (tmp_path / "theirs").mkdir()
+        folder.symlink_to(tmp_path / "theirs")
+    else:
+        folder.mkdir()
+    folder.chmod(0o777 if trap == "open to all" else 0o755)
+    if trap != "open to all":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        storage.cache_folder()
+
+
+@pytest.mark.parametrize("trap", ["of others", "open to all"])
+def test_compiled_programs_are_not_taken_from_a_folder_that_others_may_have_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str
+) -> None:
+    folder = tmp_path / "ssl_jax" / "compiled"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777 if trap == "open to all" else 0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if trap == "of others":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    before = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        compilation_cache.enable()
+        assert jax.config.jax_compilation_cache_dir is None  # pyright: ignore[reportAttributeAccessIssue]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+CANARY = "the canary sings at night"
+# Rows that are wrong in every way there is a reason for, with what somebody said where something else belongs.
+BAD_ROWS: dict[str, list[Any]] = {
+    "messages": [
+        CANARY,
+        [CANARY],
+        {CANARY: 1},
+        {"messages": CANARY},
+        {"messages": [CANARY]},
+        {"messages": [{"role": CANARY, "content": "user"}]},
+        {"messages": [{"role": [CANARY], "content": "x"}]},
+        {"messages": [{"role": "user", "content": [CANARY]}]},
+        {"messages": [{"role": "user", "content": CANARY}]},
+        {"messages": [{"role": "user", "content": CANARY}, {"role": "assistant", "content": " "}]},
+        {"messages": [{"role": "user", "content": CANARY * 9000}, {"role": "assistant", "content": "x"}]},
+        {"text": [CANARY]},
+        {"text": CANARY},
+        {"id": [CANARY], "text": "x"},
+        {"id": {CANARY: CANARY}, "messages": [{"role": "user", "content": "x"}]},
+        {"messages": [{"role": "user", "content": f"{CANARY} \ud800"}]},
+    ],
+    "prompt_completion": [{"completion": CANARY}, {"prompt": [CANARY]}, {"prompt": {CANARY: 1}, "completion": "x"}],
+    "sharegpt": [{"conversations": [{"from": CANARY, "value": "x"}]}, {CANARY: []}],
+    "alpaca": [{"instruction": [CANARY]}, {CANARY: "x"}],
+    "review": [
+        {"messages": [{"role": "assistant", "content": "x"}], "verdict": CANARY, "score": 0, "round": 0},
+        {"messages": None, CANARY: 1, "verdict": None, "score": 0, "round": 0},
+    ],
+    "forum": [
+        {CANARY: 1},
+        {"id": [CANARY], "parent_id": None, "body": "x"},
+        {"id": "1", "parent_id": [CANARY], "body": "x"},
+        {"id": "2", "parent_id": None, "body": [CANARY]},
+        {"id": "3", "parent_id": None, "body": CANARY, "created_utc": CANARY},
+    ],
+}
+BAD_TEXTS = {
+    "log": f"{CANARY}\n\nann\thi\n{CANARY}\n\n{CANARY}\tx\nb\tx\nc\tx\n",
+    "parlai": f"{CANARY}\ntext:{CANARY}\tepisode_done:True\n{CANARY}\ttext:x\n",
+    "whatsapp": f"{CANARY}\n12/31/23, 9:41 PM - Ann: hi\n12/31/23, 9:41 PM - {CANARY}\n",
+    "messages": f'{{"text": "{CANARY}\n"{CANARY}": 1}}\n{{"text": "{CANARY}", "n": NaN}}\n{{"text": "{CANARY}" x}}\n',
+    "telegram": json.dumps(
+        {
+            "name": "a", "type": "personal_chat", "id": 1,
+            "messages": [
+                CANARY,
+                {"date": CANARY, "type": "message", "text": "x"},
+                {"date": "2024-01-01T00:00:00", "type": "message", "from": {CANARY: 1}, "text": CANARY},
+                {"date": "2024-01-01T00:00:00", "type": "message", "from": "a", "text": {"text": CANARY}},
+                {"date": "2024-01-01T00:00:00", "type": "message", "from": "a", "text": [{"text": [CANARY]}]},
+            ],
+        }
+    ),
+    "discord": json.dumps(
+        {
+            "guild": {}, "channel": {"id": "1"},
+            "messages": [
+                CANARY,
+                {"id": "1", "timestamp": CANARY, "content": "x", "author": {"name": "a"}},
+                {"id": "1", "timestamp": "2024-01-01", "content": "x", "author": {"name": [CANARY]}},
+                {"id": "1", "timestamp": "2024-01-01", "content": [CANARY], "author": {"name": "a"}},
+            ],
+        }
+    ),
+    "slack": json.dumps(
+        [
+            CANARY,
+            {"type": "message", "ts": CANARY, "text": "x"},
+            {"type": "message", "ts": "1", "text": [CANARY]},
+            {"type": "message", "ts": "1", "text": "x", "user": [CANARY]},
+        ]
+    ),
+}  # fmt: skip
+
+
+def refusals(file: Path, format: str, expected: Expected) -> str:
+    """All that is said about the rows of a file that are none."""
+    source = Source.model_validate({"path": str(file), "format": format})
+    told = []
+    try:
+        for row in formats.read(source, expected, 100_000):
+            if isinstance(row, formats.Rejected):
+                told.append(f"{row.line} {row.reason} {row.detail}")
+    except UserError as error:
+        told.append(str(error))
+    return "\n".join(told)
+
+
+@pytest.mark.parametrize("expected", ["labeled", "unlabeled"])
+@pytest.mark.parametrize("format", BAD_ROWS)
+def test_what_is_said_about_a_bad_row_does_not_repeat_it(tmp_path: Path, format: str, expected: Expected) -> None:
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", BAD_ROWS[format])
+    told = refusals(file, format, expected)
+    assert told and "canary" not in told
+
+
+@pytest.mark.parametrize("expected", ["labeled", "unlabeled"])
+@pytest.mark.parametrize("format", BAD_TEXTS)
+def test_what_is_said_about_a_bad_text_does_not_repeat_it(tmp_path: Path, format: str, expected: Expected) -> None:
+    file = tmp_path / "general" / "2024-01-01.json"
+    file.parent.mkdir()
+    (tmp_path / "users.json").write_text(json.dumps([CANARY, {CANARY: 1}]))
+    file.write_text(BAD_TEXTS[format], encoding="utf-8")
+    told = refusals(file, format, expected)
+    assert told and "canary" not in told
+
+
+def test_a_role_or_field_that_is_a_name_is_shown(tmp_path: Path) -> None:
+    """Otherwise nobody could correct it."""
+    rows = [{"messages": [{"role": "customer", "content": CANARY}]}, {"dialog": CANARY}]
+    told = refusals(tiny.write_jsonl(tmp_path / "rows.jsonl", rows), "messages", "labeled")
+    assert "message 0 has role 'customer'" in told and "found dialog" in told
