@@ -28,6 +28,7 @@ from pydantic_core import PydanticUndefined
 
 from ssl_jax import distributed
 from ssl_jax.errors import Preempted, TrainingDiverged, UserError
+from ssl_jax.shown import printable, shortened
 from ssl_jax.signals import Signals
 
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
@@ -36,6 +37,8 @@ Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 _STORAGE_REFUSES = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
 }  # fmt: skip
+# Of a configuration file, so that data given in its place are not read to their end; and of what is wrong with it.
+_LONGEST_FILE, _LONGEST_REASON = 2**18, 600
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -113,19 +116,26 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML mapping.
 
     Raises:
-      UserError: no such file, not YAML, a key given twice, not a mapping.
+      UserError: no such file, larger than any configuration, not YAML, a key given twice, not a mapping.
     """
+    shown = printable(str(path), _LONGEST_REASON)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(_LONGEST_FILE + 1)
     except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file{_nearest_file(Path(path))}") from None
+        raise UserError(f"--config {shown}: no such file{_nearest_file(Path(path))}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--config {path}: cannot be read: {error}") from None
-    values = _load_yaml(text, origin=str(path))
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--config {shown}: cannot be read: {reason}") from None
+    if len(text) > _LONGEST_FILE:
+        raise UserError(
+            f"--config {shown}: is larger than {_LONGEST_FILE:,} characters, so that it is no configuration"
+        )
+    values = _load_yaml(text, origin=shown)
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected 'field: value' lines, found {type(values).__name__}")
+        raise UserError(f"{shown}: expected 'field: value' lines, found {type(values).__name__}")
     return values
 
 
@@ -143,14 +153,14 @@ def validate(schema: type[Schema], values: dict[str, Any], *, origin: str, flags
     except pydantic.ValidationError as error:
         # A misspelled name is often also a missing value; the name is what to fix.
         first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        location = ".".join(map(str, first["loc"]))
+        location, path = ".".join(map(str, first["loc"])), printable(".".join(map(str, first["loc"])))
         is_unknown = first["type"] == "extra_forbidden"
         is_flag = any(flag == location or (is_unknown and flag.startswith(f"{location}.")) for flag in flags)
-        where = f"--{location}" if is_flag else f"{origin}: {location}" if location else origin
+        where = f"--{path}" if is_flag else f"{origin}: {path}" if path else origin
         if is_unknown:
-            raise UserError(f"{where}: unknown field{_suggest(schema, location.split('.'))}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        value = "" if first["type"] in {"value_error", "missing"} else f", got {first['input']!r:.80}"
+            raise UserError(f"{where}: unknown field{_suggest(schema, first['loc'])}") from None
+        message = printable(first["msg"].removeprefix("Value error, "), _LONGEST_REASON)
+        value = "" if first["type"] in {"value_error", "missing"} else f", got {shortened(first['input'])}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise UserError(f"{where}: {message}{value}{more}") from None
 
@@ -175,24 +185,26 @@ def help_text(schema: type[pydantic.BaseModel], program: str, summary: str) -> s
 
 def _split_flags(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Cuts arguments into a flag's name, without dashes, and the words up to the next flag."""
-    position = 0
+    position, behind = 0, ""
     while position < len(arguments):
         flag = arguments[position]
         position += 1
         if not flag.startswith("--") or len(flag) < 3:
-            raise UserError(f"unexpected argument {flag!r}; flags look like --name value (see --help)")
+            where = f" behind {printable(behind)}" if behind else ""
+            raise UserError(f"unexpected argument {shortened(flag)}{where}; flags look like --name value (see --help)")
         name, equals, inline = flag[2:].partition("=")
         words = [inline] if equals else []
         # A negative number is a value, anything else that starts with two dashes is the next flag.
         while not equals and position < len(arguments) and not arguments[position].startswith("--"):
             words.append(arguments[position])
             position += 1
+        behind = flag
         yield name, words
 
 
 def _annotation_at(schema: type[pydantic.BaseModel], path: list[str]) -> Any:
     """The type of the field at a dotted path, None for an unknown one; a number stands for an element of a list."""
-    name = ".".join(path)
+    name = printable(".".join(path))
     current: Any = schema
     for depth, part in enumerate(path):
         parent = ".".join(path[:depth])
@@ -204,7 +216,7 @@ def _annotation_at(schema: type[pydantic.BaseModel], path: list[str]) -> Any:
             current = fields[part].annotation
         elif element is None:
             raise UserError(f"--{name}: {parent} has no fields of its own")
-        elif part.isdecimal():
+        elif _is_place(part):
             current = element
         else:
             raise UserError(f"--{name}: {parent} is a list; its elements are --{parent}.0, --{parent}.1, ...")
@@ -225,7 +237,7 @@ def _read_words(name: str, words: list[str], annotation: Any) -> Any:
     if not words and bool in _members(annotation):
         return True
     if len(words) != 1:
-        found = f"got {' '.join(words)!r}" if words else "got none"
+        found = f"got {shortened(' '.join(words))}" if words else "got none"
         raise UserError(f"--{name} takes one value, {found} (see --help)")
     return None if type(None) in _members(annotation) and words[0].lower() in {"none", "null"} else words[0]
 
@@ -236,18 +248,24 @@ def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
     for depth, part in enumerate(path):
         is_list = isinstance(container, list)
         if is_list and int(part) > len(container):
-            raise UserError(f"--{'.'.join(path)}: the list has {len(container)} elements, counted from 0, so far")
+            name = printable(".".join(path))
+            raise UserError(f"--{name}: the list has {len(container)} elements, counted from 0, so far")
         if is_list and int(part) == len(container):
             container.append(None)
         key: Any = int(part) if is_list else part
         if depth == len(path) - 1:
             container[key] = value
             return
-        wanted = list if path[depth + 1].isdecimal() else dict
+        wanted = list if _is_place(path[depth + 1]) else dict
         nested = container[key] if is_list else container.get(key)
         if not isinstance(nested, wanted):
             nested = container[key] = wanted()
         container = nested
+
+
+def _is_place(part: str) -> bool:
+    """Whether a part of a dotted path is a number of an element; one that is longer counts more than memory holds."""
+    return part.isascii() and part.isdecimal() and len(part) < 10
 
 
 def _walk(
@@ -266,16 +284,17 @@ def _walk(
             yield from _walk(element, None, f"{path}.N.")
 
 
-def _suggest(schema: type[pydantic.BaseModel], path: list[str]) -> str:
+def _suggest(schema: type[pydantic.BaseModel], path: Sequence[str | int]) -> str:
     """The nearest field of the same group, else of any group, else what there is to choose from."""
+    *parents, wrong = map(str, path)
     group: Any = schema
     for part in path[:-1]:
-        group = _element(group) if part.isdecimal() else _fields(group)[part].annotation
+        group = _element(group) if isinstance(part, int) else _fields(group)[part].annotation
         group = _group(group) or group
-    siblings = [".".join([*path[:-1], name]) for name in _fields(group)]
+    siblings = [".".join([*parents, name]) for name in _fields(group)]
     for known in (siblings, [name for name, _, _ in _walk(schema)]):
         by_last_name = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-        if matches := difflib.get_close_matches(path[-1], by_last_name, n=1, cutoff=0.7):
+        if matches := difflib.get_close_matches(wrong, by_last_name, n=1, cutoff=0.7):
             return f"; did you mean {by_last_name[matches[0]]}?"
     return f"; known here: {', '.join(_fields(group))}"
 
@@ -336,23 +355,34 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuses a key that was there before."""
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        seen = set()
         for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                shown = f"{shortened(key.value)} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, shown, key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merges, and drops what is overridden: a merge of merges would otherwise double at every level."""
+        super().flatten_mapping(node)
+        keys = [(key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key) for key, _ in node.value]
+        node.value = list(dict(zip(keys, node.value, strict=True)).values())
 
 
 def _load_yaml(text: str, *, origin: str) -> Any:
     try:
         return yaml.load(text, _StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a tag on what it does not fit ends in any exception: KeyError, IndexError, …
+        reason = str(error) if isinstance(error, yaml.YAMLError | ValueError | RecursionError) else repr(error)
+        raise UserError(f"{origin}: not valid YAML: {printable(' '.join(reason.split()), _LONGEST_REASON)}") from None
 
 
 def _nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
-        return f" (nor a folder {path.parent})"
+        return f" (nor a folder {printable(str(path.parent), _LONGEST_REASON)})"
     names = sorted(p.name for p in path.parent.glob("*.y*ml"))
     matches = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f"; did you mean {path.parent / matches[0]}?" if matches else ""

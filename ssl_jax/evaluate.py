@@ -16,10 +16,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ssl_jax import agreement, command_line, distributed, storage, workdir
 from ssl_jax.config import Data, Evaluation, ServedWeights, Source, TemplateName, Train
+from ssl_jax.config.paths import check_path
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import comparison
 from ssl_jax.evaluation.tables import coherence_lines, comparison_lines, metric_lines
@@ -52,19 +53,25 @@ class Evaluate(ServedWeights):
         "with other weights eval_<split>_<weights>.json.",
     )
     recall_examples: int | None = Field(
-        default=None, ge=0, description="Contexts to rank; absent: as the run's config says."
+        default=None, ge=0, le=1_000_000_000, description="Contexts to rank; absent: as the run's config says."
     )
     generated_replies: int | None = Field(
-        default=None, ge=0, description="Replies to draw; absent: as the run's config says."
+        default=None, ge=0, le=1_000_000_000, description="Replies to draw; absent: as the run's config says."
     )
     coherence_examples: int | None = Field(
-        default=None, ge=0, description="Replies of each number scored for context_gain; absent: as the config says."
+        default=None,
+        ge=0,
+        le=1_000_000_000,
+        description="Replies of each number scored for context_gain; absent: as the config says.",
     )
     coherence_rankings: int | None = Field(
-        default=None, ge=0, description="Contexts to rank for each reply number; absent: as the run's config says."
+        default=None,
+        ge=0,
+        le=1_000_000_000,
+        description="Contexts to rank for each reply number; absent: as the run's config says.",
     )
     self_chats: int | None = Field(
-        default=None, ge=0, description="Conversations with itself; absent: as the run's config says."
+        default=None, ge=0, le=1_000_000_000, description="Conversations with itself; absent: as the run's config says."
     )
     baseline: str | None = Field(
         default=None, description="Evaluates nothing: compares the run's evaluation with that of this work directory."
@@ -72,6 +79,8 @@ class Evaluate(ServedWeights):
     oracle: str | None = Field(
         default=None, description="With a baseline: work directory of a run that was trained with every label."
     )
+
+    _paths = field_validator("workdir", "model", "data", "output", "baseline", "oracle")(check_path)
 
     @model_validator(mode="after")
     def _something_on_something(self) -> Evaluate:

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from ssl_jax import command_line, storage
 from ssl_jax.config import Sampling, Served
+from ssl_jax.config.paths import check_path
 from ssl_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Export(Served):
         default=False, description="Load the result with transformers and compare logits and token ids (needs PyTorch)."
     )
     overwrite: bool = Field(default=False, description="Replace an earlier export.")
+
+    _paths = field_validator("output")(check_path)
 
     @field_validator("max_shard_size")
     @classmethod

@@ -19,10 +19,16 @@ from ssl_jax.errors import UserError
 class Prepare(Config):
     """A run's configuration, and what to show of its data."""
 
-    show: int = Field(default=0, ge=0, description="Print this many dialogues as the model will see them.")
+    show: int = Field(
+        default=0, ge=0, le=1_000_000_000, description="Print this many dialogues as the model will see them."
+    )
     split: str = Field(default="labeled_train", description="Of which split they are.")
-    examples: int = Field(default=0, ge=0, description="Print what each step did to so many dialogues (at most five).")
-    rejected: int = Field(default=0, ge=0, description="Print so many of the rows that are no dialogues, and why.")
+    examples: int = Field(
+        default=0, ge=0, le=1_000_000_000, description="Print what each step did to so many dialogues (at most five)."
+    )
+    rejected: int = Field(
+        default=0, ge=0, le=1_000_000_000, description="Print so many of the rows that are no dialogues, and why."
+    )
 
 
 _OUR_OWN = set(Prepare.model_fields) - set(Config.model_fields)

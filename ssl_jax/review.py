@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ssl_jax import command_line, files, review_page
 from ssl_jax.config import Section
+from ssl_jax.config.paths import check_path
 from ssl_jax.errors import UserError
 
 
@@ -24,15 +25,19 @@ class Review(Section):
 
     workdir: str = Field(description="Work directory of a run that has made pseudo-replies.")
     output: str = Field(description="Directory for review.jsonl and review.html.")
-    count: int = Field(default=50, ge=1, description="Replies to write; all, if the round has fewer.")
-    round: int | None = Field(default=None, ge=0, description="Round that made them. Absent: the newest finished one.")
+    count: int = Field(default=50, ge=1, le=1_000_000_000, description="Replies to write; all, if the round has fewer.")
+    round: int | None = Field(
+        default=None, ge=0, le=1_000_000_000, description="Round that made them. Absent: the newest finished one."
+    )
     order: Literal["uncertain", "random"] = Field(
         default="uncertain",
         description="uncertain: those of least mean log-probability, least first. random: drawn evenly, which tells "
         "how good the round is.",
     )
-    seed: int = Field(default=0, ge=0, description="Decides what is drawn at random.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Decides what is drawn at random.")
     overwrite: bool = Field(default=False, description="Replace a review.jsonl that has verdicts.")
+
+    _paths = field_validator("workdir", "output")(check_path)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -233,7 +233,7 @@ def test_help_lists_every_field_with_type_default_bounds_and_meaning(capsys: pyt
     text = capsys.readouterr().out
     for path in [*leaf_fields(Config), *leaf_fields(Source, "data.labeled.N.")]:
         assert re.search(rf"^  --{re.escape(path)} \S.*\(default: .*\)\n      \S", text, re.MULTILINE), path
-    assert "--train.steps INT | none  (default: none, >= 1)" in text
+    assert "--train.steps INT | none  (default: none, >= 1, <= 1000000000)" in text
     assert "--config FILE" in text
     one_line = " ".join(text.split())
     for section in Config.model_fields.values():

@@ -432,14 +432,14 @@ def test_the_longest_reply_follows_from_both_limits(values, new_tokens):
         ({"min_new_tokens": 49}, "min_new_tokens 49 is more than the default of 48; raise max_new_tokens"),
         ({"max_length": 4, "min_length": 5}, "min_length 5 is more than max_length 4"),
         ({"num_beams": 4}, "num_beams 4 takes the likeliest replies; set do_sample to false"),
-        ({"suppress_tokens": [3, -1]}, "suppress_tokens are token ids from 0, got -1"),
-        ({"begin_suppress_tokens": [-2]}, "begin_suppress_tokens are token ids from 0, got -2"),
+        ({"suppress_tokens": [3, -1]}, "suppress_tokens are token ids from 0 to 999999, got -1"),
+        ({"begin_suppress_tokens": [-2]}, "begin_suppress_tokens are token ids from 0 to 999999, got -2"),
         ({"suppress_tokens": [3], "forced_eos_token_id": 3}, "forced_eos_token_id 3 is among suppress_tokens"),
         ({"stop": [""]}, "stop has an empty text"),
         ({"bad_words": ["a", ""]}, "bad_words has an empty text"),
         ({"sequence_bias": {"": 1.0}}, "sequence_bias has an empty text"),
-        ({"sequence_bias": {"a": math.nan}}, "sequence_bias of 'a' is a number or -.inf, got nan"),
-        ({"sequence_bias": {"a": math.inf}}, "sequence_bias of 'a' is a number or -.inf, got inf"),
+        ({"sequence_bias": {"a": math.nan}}, "sequence_bias of 'a' is -.inf or between ±1,000,000, got nan"),
+        ({"sequence_bias": {"a": math.inf}}, "sequence_bias of 'a' is -.inf or between ±1,000,000, got inf"),
     ],
 )
 def test_settings_that_nothing_can_satisfy_are_refused_and_named(values, says):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ssl_jax.config.data import Data, Source, TemplateName, Tokenizer
 from ssl_jax.config.methods import EMA, Distillation, Noise, Objectives
 from ssl_jax.config.model import MODEL_SIZES, Model
+from ssl_jax.config.paths import check_path
 from ssl_jax.config.replies import DEFAULT_NEW_TOKENS, Evaluation, PseudoLabels, Sampling
 from ssl_jax.config.section import Section
 from ssl_jax.config.served import Reranking, Served, ServedWeights, Weights
@@ -73,6 +74,8 @@ class Config(Section):
     evaluation: Evaluation = Field(default=Evaluation(), description="Metrics.")
     mesh: Mesh = Field(default=Mesh(), description="Devices.")
 
+    _path = field_validator("workdir")(check_path)
+
     @model_validator(mode="before")
     @classmethod
     def _former_names(cls, values: Any) -> Any:
@@ -120,8 +123,8 @@ class Config(Section):
             if sampling.bounded_by_max_length:
                 needed = max(section.max_prompt_tokens + 1, sampling.new_tokens)
             if needed > self.model.n_positions:
-                raise ValueError(
-                    f"{name}.max_prompt_tokens + {name}.sampling.max_new_tokens is {needed}, more than "
-                    f"model.n_positions {self.model.n_positions}"
-                )
+                what = f"{name}.max_prompt_tokens + {name}.sampling.max_new_tokens"
+                if sampling.bounded_by_max_length:
+                    what = f"the larger of {name}.max_prompt_tokens + 1 and {name}.sampling.max_length"
+                raise ValueError(f"{what} is {needed}, more than model.n_positions {self.model.n_positions}")
         return self

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from ssl_jax.config.section import Section
+from ssl_jax.shown import shortened
 
 Annotation = Literal["words", "tags", "keywords", "entities"]
 """A kind of annotation; see `ssl_jax.data.annotation.annotate`."""
@@ -77,13 +78,15 @@ class Condition(Section):
                     ]
                 )
             )
-            raise ValueError(f"field {self.field!r} is unknown; {hint}")
+            raise ValueError(f"field {shortened(self.field)} is unknown; {hint}")
         given = {name for name in ("at_least", "at_most", "equals") if getattr(self, name) is not None}
         given |= {name for name in ("contains", "lacks") if getattr(self, name)}
         if not given:
             raise ValueError(f"a condition on {self.field} needs one of {', '.join(sorted(allowed))}")
         if wrong := sorted(given - allowed):
             raise ValueError(f"{wrong[0]} does not fit {self.field}; use one of {', '.join(sorted(allowed))}")
+        if isinstance(self.equals, int) and abs(self.equals) >= 2**63:
+            raise ValueError(f"equals is a number below 2**63, got {shortened(self.equals)}")
         if self.field in _NUMBERS and isinstance(self.equals, str | bool):
             raise ValueError(f"{self.field} is a number, so equals must be one")
         return self

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_serializer, model_validator
 from typing_extensions import TypeAliasType
 
 from ssl_jax.config.section import Section
+from ssl_jax.shown import shortened
 
 
 class Step(Section):
@@ -106,21 +107,21 @@ class MaskIds(Step):
 
     step: Literal["mask_ids"] = "mask_ids"
     replacement: str = Field(default="<id>", description="Stands for a number.")
-    min_digits: int = Field(default=9, ge=5, description="A run of at least this many digits is an id.")
+    min_digits: int = Field(default=9, ge=5, le=1000, description="A run of at least this many digits is an id.")
 
 
 class RepeatedPunctuation(Step):
     """Shortens runs of one punctuation mark, also a Chinese one: !!!!!! becomes !!!."""
 
     step: Literal["repeated_punctuation"] = "repeated_punctuation"
-    keep: int = Field(default=3, ge=1, description="Marks that are left of a longer run.")
+    keep: int = Field(default=3, ge=1, le=1000, description="Marks that are left of a longer run.")
 
 
 class RepeatedCharacters(Step):
     """Shortens runs of one letter: sooooo becomes sooo. Digits stay."""
 
     step: Literal["repeated_characters"] = "repeated_characters"
-    keep: int = Field(default=3, ge=2, description="Letters that are left of a longer run.")
+    keep: int = Field(default=3, ge=2, le=1000, description="Letters that are left of a longer run.")
 
 
 class QuotedText(Step):
@@ -133,7 +134,7 @@ class Signatures(Step):
     """Removes signatures: what follows a line of two dashes, and last lines such as Sent from my phone."""
 
     step: Literal["signatures"] = "signatures"
-    max_lines: int = Field(default=8, ge=1, description="More lines after two dashes are no signature.")
+    max_lines: int = Field(default=8, ge=1, le=1_000_000, description="More lines after two dashes are no signature.")
 
 
 class Notices(Step):
@@ -174,22 +175,28 @@ class Language(Step):
     step: Literal["language"] = "language"
     keep: tuple[str, ...] = Field(min_length=1, description="ISO 639-1 codes of the languages to keep: [en, zh].")
     min_confidence: float = Field(default=0.5, ge=0, le=1, description="Probability that it is one of them.")
-    min_characters: int = Field(default=20, ge=0, description="A shorter dialogue is kept: too little to tell.")
-    sample_characters: int = Field(default=1000, ge=1, description="Looks at so much of a dialogue, from its start.")
+    min_characters: int = Field(
+        default=20, ge=0, le=1_000_000_000, description="A shorter dialogue is kept: too little to tell."
+    )
+    sample_characters: int = Field(
+        default=1000, ge=1, le=1_000_000_000, description="Looks at so much of a dialogue, from its start."
+    )
 
 
 class Length(Step):
     """Removes dialogues that are too short or too long. A Chinese character counts as a word."""
 
     step: Literal["length"] = "length"
-    min_turns: int = Field(default=1, ge=1, description="Turns of a dialogue.")
-    max_turns: int | None = Field(default=None, ge=1, description="Turns of a dialogue.")
-    min_characters: int = Field(default=0, ge=0, description="Characters of a dialogue.")
-    max_characters: int | None = Field(default=None, ge=1, description="Characters of a dialogue.")
-    min_words: int = Field(default=0, ge=0, description="Words of a dialogue.")
-    max_words: int | None = Field(default=None, ge=1, description="Words of a dialogue.")
-    min_turn_characters: int = Field(default=0, ge=0, description="Characters of every turn.")
-    max_turn_characters: int | None = Field(default=None, ge=1, description="Characters of every turn.")
+    min_turns: int = Field(default=1, ge=1, le=1_000_000_000, description="Turns of a dialogue.")
+    max_turns: int | None = Field(default=None, ge=1, le=1_000_000_000, description="Turns of a dialogue.")
+    min_characters: int = Field(default=0, ge=0, le=1_000_000_000, description="Characters of a dialogue.")
+    max_characters: int | None = Field(default=None, ge=1, le=1_000_000_000, description="Characters of a dialogue.")
+    min_words: int = Field(default=0, ge=0, le=1_000_000_000, description="Words of a dialogue.")
+    max_words: int | None = Field(default=None, ge=1, le=1_000_000_000, description="Words of a dialogue.")
+    min_turn_characters: int = Field(default=0, ge=0, le=1_000_000_000, description="Characters of every turn.")
+    max_turn_characters: int | None = Field(
+        default=None, ge=1, le=1_000_000_000, description="Characters of every turn."
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> Length:
@@ -225,8 +232,8 @@ def _check_patterns(field: str, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:  # a number, or parentheses, without end
+            raise ValueError(f"{field}: {shortened(pattern)} is no regular expression: {error}") from None
 
 
 def _as_mapping(value: Any) -> Any:
@@ -236,14 +243,14 @@ def _as_mapping(value: Any) -> Any:
     if isinstance(value, str):
         value = {"step": value}
     if not isinstance(value, dict) or not isinstance(value.get("step"), str):
-        raise ValueError(f"a step is a name or a mapping with 'step: NAME' and settings, got {value!r:.60}")
+        raise ValueError(f"a step is a name or a mapping with 'step: NAME' and settings, got {shortened(value)}")
     name = value["step"]
     if name not in STEP_CLASSES:
-        raise ValueError(f"unknown step {name!r}{_nearest(name, STEP_CLASSES)}")
+        raise ValueError(f"unknown step {shortened(name)}{_nearest(name, STEP_CLASSES)}")
     known = [field for field in STEP_CLASSES[name].model_fields if field != "step"]
     for setting in value:
         if setting != "step" and setting not in known:
-            raise ValueError(f"{name}: unknown setting {setting!r}{_nearest(str(setting), known)}")
+            raise ValueError(f"{name}: unknown setting {shortened(setting)}{_nearest(str(setting), known)}")
     for setting in known:
         if STEP_CLASSES[name].model_fields[setting].is_required() and setting not in value:
             raise ValueError(f"{name}: setting {setting!r} is missing; write {{step: {name}, {setting}: …}}")

@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from ssl_jax.config.annotation import Annotation, Condition
 from ssl_jax.config.cleaning import DEFAULT_STEPS, CleaningStep, describe_steps
+from ssl_jax.config.paths import check_path
 from ssl_jax.config.section import Section
 
 _PLACES = ("path", "dataset", "tfds", "huggingface")
@@ -102,12 +103,13 @@ class Source(Section):
         "Absent: messenger exports become raw text.",
     )
     gap_minutes: float = Field(
-        default=60.0, gt=0, description="Messenger exports: a longer silence ends a dialogue (minutes)."
+        default=60.0, gt=0, le=10_000_000, description="Messenger exports: a longer silence ends a dialogue (minutes)."
     )
     posts: PostFields = Field(default=PostFields(), description="Forum posts: the names of their fields.")
     max_paths: int = Field(
         default=32,
         ge=1,
+        le=1_000_000,
         description="Forum threads: at most this many dialogues of a thread, the longest paths from its first post.",
     )
     dataset: Literal["chitchat", "chatterbot"] | None = Field(
@@ -141,6 +143,7 @@ class Source(Section):
     max_dialogues: int | None = Field(
         default=None,
         ge=1,
+        le=1_000_000_000,
         description="Take at most this many dialogues. A labeled budget leaves the rest to `unlabeled`.",
     )
     split_lines: bool = Field(default=True, description="Raw text: every line is a turn (else the whole text is one).")
@@ -151,6 +154,8 @@ class Source(Section):
         description="How many times an epoch of training shows each dialogue. 2.5: twice, and a third time every other "
         "epoch. 0.1: in one epoch of ten. Evaluation does not know it.",
     )
+
+    _paths = field_validator("path", "tfds", "huggingface", "data_dir")(check_path)
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
@@ -210,7 +215,9 @@ class Data(Section):
         "short replies resemble each other by chance. 0.8 is usual. It takes time, and 512 bytes of disk a dialogue "
         "while data are prepared.",
     )
-    max_turn_bytes: int = Field(default=100_000, ge=1, description="A longer turn is malformed (UTF-8 bytes).")
+    max_turn_bytes: int = Field(
+        default=100_000, ge=1, le=2**30, description="A longer turn is malformed (UTF-8 bytes)."
+    )
     language: Literal["auto", "en", "zh"] = Field(
         default="auto", description="Language that annotation assumes. auto: by the script of each dialogue."
     )
@@ -231,6 +238,8 @@ class Data(Section):
         "turn, so that phrases given there at generation steer the reply. 0: none.",
     )
 
+    _path = field_validator("prepared_dir")(check_path)
+
     @model_validator(mode="after")
     def _room_for_train(self) -> Data:
         if self.test_size + self.dev_size >= 1:
@@ -250,6 +259,7 @@ class Tokenizer(Section):
     fit_bytes: int = Field(
         default=2**24,
         ge=1,
+        le=2**40,
         description="A fitted BPE learns from at most this much text (bytes), drawn evenly from the train splits.",
     )
     direction_tokens: bool = Field(
@@ -266,3 +276,5 @@ class Tokenizer(Section):
         "records; else role_tokens if the vocabulary has them, chat_template if the tokenizer has one, else "
         "role_tokens for training and plain for a model that was not trained here.",
     )
+
+    _path = field_validator("name_or_path")(check_path)

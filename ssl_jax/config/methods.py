@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from ssl_jax.config.paths import check_path
 from ssl_jax.config.section import Section
 
 Weighting = Literal["none", "agreement", "fixmatch", "freematch", "softmatch"]
@@ -18,20 +19,26 @@ EMA = "ema"
 class Objectives(Section):
     """Weights of the loss terms. Each term is a mean over its own tokens."""
 
-    supervised: float = Field(default=1.0, ge=0, description="Weight of labeled replies.")
-    lm: float = Field(default=1.0, ge=0, description="Weight of raw text.")
+    supervised: float = Field(default=1.0, ge=0, le=1000, description="Weight of labeled replies.")
+    lm: float = Field(default=1.0, ge=0, le=1000, description="Weight of raw text.")
     lm_final: float | None = Field(
-        default=None, ge=0, description="Weight of raw text at the last step, approached evenly. Absent: as at first."
+        default=None,
+        ge=0,
+        le=1000,
+        description="Weight of raw text at the last step, approached evenly. Absent: as at first.",
     )
-    pseudo: float = Field(default=0.5, ge=0, description="Weight of pseudo-labeled replies after the ramp.")
+    pseudo: float = Field(default=0.5, ge=0, le=1000, description="Weight of pseudo-labeled replies after the ramp.")
     pseudo_ramp: float = Field(
         default=0.3, ge=0, le=1, description="Fraction of the steps over which the weight of pseudo-labels rises."
     )
     back_translation: float = Field(
-        default=0.5, ge=0, description="Weight of real replies behind contexts that the model made up, after the ramp."
+        default=0.5,
+        ge=0,
+        le=1000,
+        description="Weight of real replies behind contexts that the model made up, after the ramp.",
     )
     backward: float = Field(
-        default=1.0, ge=0, description="Weight of dialogues read from their last turn to their first."
+        default=1.0, ge=0, le=1000, description="Weight of dialogues read from their last turn to their first."
     )
     prompt_loss_weight: float = Field(
         default=0.0, ge=0, le=1, description="Weight of a labeled dialogue's other tokens, relative to its replies."
@@ -39,6 +46,7 @@ class Objectives(Section):
     r_drop: float = Field(
         default=0.0,
         ge=0,
+        le=1000,
         description="Weight of the divergence between two passes with different dropout (R-Drop); every row is then "
         "fed twice.",
     )
@@ -47,7 +55,9 @@ class Objectives(Section):
 class Distillation(Section):
     """Soft labels: the student follows the distributions of teachers, token by token."""
 
-    weight: float = Field(default=0.0, ge=0, description="Weight of the divergence after the ramp; 0: no teachers.")
+    weight: float = Field(
+        default=0.0, ge=0, le=1000, description="Weight of the divergence after the ramp; 0: no teachers."
+    )
     ramp: float = Field(
         default=0.3, ge=0, le=1, description="Fraction of the steps over which the weight rises, from the first one."
     )
@@ -76,6 +86,8 @@ class Distillation(Section):
     temperature: float = Field(
         default=1.0, gt=0, le=100, description="The teachers' logits are divided by this; below 1 sharpens (UDA)."
     )
+
+    _paths = field_validator("teachers")(check_path)
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Distillation:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from ssl_jax.config.paths import check_path
 from ssl_jax.config.section import Section
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
@@ -27,7 +28,9 @@ class Model(Section):
     n_layer: int = Field(default=12, ge=1, le=512, description="Transformer blocks.")
     n_head: int = Field(default=12, ge=1, le=512, description="Attention heads per block.")
     n_embd: int = Field(default=768, ge=8, le=65536, description="Width of the residual stream.")
-    n_inner: int | None = Field(default=None, ge=8, description="Width of the feed-forward layer; absent: 4 × n_embd.")
+    n_inner: int | None = Field(
+        default=None, ge=8, le=1_048_576, description="Width of the feed-forward layer; absent: 4 × n_embd."
+    )
     n_positions: int = Field(default=1024, ge=8, le=1_048_576, description="Longest context (tokens).")
     vocab_size: int | None = Field(
         default=None, ge=1, le=1_000_000, description="Rows of the token embedding; absent: as the tokenizer needs."
@@ -36,7 +39,7 @@ class Model(Section):
         "gelu_new", "gelu", "gelu_python", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh",
         "quick_gelu", "relu", "relu2", "silu", "swish", "mish", "tanh",
     ] = Field(default="gelu_new", description="Non-linearity of the feed-forward layer.")  # fmt: skip
-    layer_norm_epsilon: float = Field(default=1e-5, gt=0, description="Added to the variance in layer norms.")
+    layer_norm_epsilon: float = Field(default=1e-5, ge=1e-12, le=1, description="Added to the variance in layer norms.")
     scale_attn_weights: bool = Field(default=True, description="Divide attention scores by √(n_embd / n_head).")
     scale_attn_by_inverse_layer_idx: bool = Field(
         default=False, description="Divide the attention scores of layer i by i as well, counted from 1."
@@ -52,7 +55,7 @@ class Model(Section):
     )
     embd_pdrop: float = Field(default=0.1, ge=0, le=0.99, description="Dropout on the embeddings.")
     attn_pdrop: float = Field(default=0.1, ge=0, le=0.99, description="Dropout on attention probabilities.")
-    initializer_range: float = Field(default=0.02, gt=0, description="Standard deviation of initial weights.")
+    initializer_range: float = Field(default=0.02, gt=0, le=10, description="Standard deviation of initial weights.")
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the stored parameters.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Type of the arithmetic; auto: float32 on CPU, bfloat16 on accelerators."
@@ -68,6 +71,7 @@ class Model(Section):
     scan_unroll: int | None = Field(
         default=None,
         ge=1,
+        le=512,
         description="Blocks compiled per turn of that loop; absent: all on a CPU without remat, else one.",
     )
     remat: Literal["none", "dots", "names", "full"] = Field(
@@ -76,13 +80,15 @@ class Model(Section):
         "what it reads (names); whole blocks.",
     )
     vocab_multiple: int = Field(
-        default=64, ge=1, description="The embedding table is padded to a multiple; the pad is masked."
+        default=64, ge=1, le=65_536, description="The embedding table is padded to a multiple; the pad is masked."
     )
+
+    _path = field_validator("init_from")(check_path)
 
     @model_validator(mode="before")
     @classmethod
     def _named_size(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("size") in MODEL_SIZES:
+        if isinstance(values, dict) and isinstance(values.get("size"), str) and values["size"] in MODEL_SIZES:
             shape = MODEL_SIZES[values["size"]]
             for name, number in shape.items():
                 if values.get(name) not in (None, number, str(number)):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ssl_jax.config.data import TemplateName
+from ssl_jax.config.paths import check_path
 from ssl_jax.config.section import Section
 
 Weights = Literal["auto", "bfloat16", "int8"]
@@ -40,6 +41,7 @@ class Reranking(Section):
     backward_weight: float = Field(
         default=0.0,
         ge=0,
+        le=1000,
         description="The score also counts this times log p(what was said last | reply) per token; for a model trained "
         "with train.backward_fraction.",
     )
@@ -60,6 +62,8 @@ class Served(Section):
         default="auto",
         description="How a Hugging Face model reads dialogues; auto: its chat template, else as text.",
     )
+
+    _paths = field_validator("workdir", "model")(check_path)
 
     @model_validator(mode="after")
     def _one_model(self) -> Served:
