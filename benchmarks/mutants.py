@@ -19,6 +19,8 @@ from cosmic_ray.mutating import mutate_code
 # The first does nothing; the others need names that somebody chose.
 _LEFT_OUT = {"NoOp", "VariableInserter", "VariableReplacer"}
 
+_SIGNATURES = {"parameters", "lambdef", "param"}
+
 Place = tuple[int, int]
 """Line from 1 and column from 0."""
 
@@ -63,23 +65,27 @@ def draw(source: str, *, limit: int, seed: int, only: Collection[str] = (), with
       without: qualified names of those in which nothing changes.
     """
     names = _owners(source)
+    lines = source.splitlines()
     plain = _skeleton(source)
-    generator = random.Random(seed)
-    mutants: dict[tuple[Place, str], Mutant] = {}
+    mutants: list[tuple[float, Mutant]] = []
     for (place, family), choices in sorted(_places(source).items()):
         owner = names.get(place[0], "")
         if (only and not _is_in(owner, only)) or _is_in(owner, without):
             continue
+        # What is drawn for a place follows from its line, so that changes elsewhere do not matter.
+        generator = random.Random(f"{seed} {family} {place[1]} {lines[place[0] - 1]}")
+        order = generator.random()
         generator.shuffle(choices)
         for operator, occurrence in choices:
             mutant = _mutant(source, place, operator, occurrence)
             if mutant is not None and _skeleton(mutant.source) not in (None, plain):
-                mutants[place, family] = mutant
+                mutants.append((order, mutant))
                 break
-    order = sorted(mutants)
-    generator.shuffle(order)  # a smaller sample is part of a larger one
-    chosen = sorted(order[:limit])
-    return Drawn(len(mutants), [mutants[key] for key in chosen])
+    # A smaller sample is part of a larger one.
+    chosen = sorted(mutants, key=lambda pair: pair[0])[:limit]
+    return Drawn(
+        len(mutants), sorted((mutant for _, mutant in chosen), key=lambda mutant: (mutant.line, mutant.column))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +110,10 @@ def _places(source: str) -> dict[tuple[Place, str], list[tuple[str, int]]]:
         if short in _LEFT_OUT:
             continue
         operator = plugins.get_operator(name)()
-        positions = [start for node in nodes for start, _ in operator.mutation_positions(node)]
-        for occurrence, place in enumerate(positions):
+        positions = [(start, node) for node in nodes for start, _ in operator.mutation_positions(node)]
+        for occurrence, (place, node) in enumerate(positions):
+            if node.type == "operator" and node.parent.type in _SIGNATURES:
+                continue  # the star before keyword-only arguments, which Cosmic Ray takes for a product
             found.setdefault((place, short.split("_")[0]), []).append((name, occurrence))
     return found
 
