@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ from ssl_jax.config import Section
 from ssl_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+OUTCOMES = {"passed": "survived", "failed": "killed", "timeout": "timeout"}
+"""Of a mutant, by how the tests end."""
 REASONS = ROOT / "benchmarks" / "equivalent_mutants.json"
 
 
@@ -104,7 +106,7 @@ class Options(Section):
     again: tuple[Literal["survived", "timeout"], ...] = Field(
         default=(), description="Mutants with these outcomes are tested again, after tests have changed."
     )
-    seconds: float = Field(default=120, gt=0, description="A mutant whose tests take longer is a killed one.")
+    seconds: float = Field(default=120, gt=0, description="Of the processor; who takes longer is killed.")
     minutes: float = Field(default=600, gt=0, description="No mutant is begun after that time.")
     output: str = Field(default="benchmarks/results/mutation_testing.json", description="File of the results.")
 
@@ -139,20 +141,14 @@ def test_module(path: str, options: Options, output: Path, ends: float) -> None:
     asked = [mutant for mutant in drawn.mutants if mutant.key not in outcomes or outcomes[mutant.key] in options.again]
     outcomes = {mutant.key: outcomes[mutant.key] for mutant in drawn.mutants if mutant.key in outcomes}
     if asked and time.monotonic() < ends:
-        with _tester(path) as test:
-            if test(source, target.tests, 10 * options.seconds) != "passed":
-                raise UserError(f"{path}: the tests fail on the module as it is: {' '.join(target.tests)}")
+        with _tester(path, target.tests) as test:
             for number, mutant in enumerate(asked, start=1):
                 if time.monotonic() > ends:
                     break
                 began = time.monotonic()
-                ended = test(mutant.source, target.tests, options.seconds)
-                outcomes[mutant.key] = {"passed": "survived", "failed": "killed"}.get(ended, ended)
-                print(
-                    f"{path} {number}/{len(asked)} {outcomes[mutant.key]:<8} {time.monotonic() - began:5.1f} s "
-                    f"{mutant.key}",
-                    flush=True,
-                )
+                outcomes[mutant.key] = OUTCOMES[test(mutant.source, options.seconds)]
+                took = time.monotonic() - began
+                print(f"{path} {number}/{len(asked)} {outcomes[mutant.key]:<8} {took:5.1f} s {mutant.key}", flush=True)
                 _store(output, path, _result(path, target, digest, drawn, outcomes))
     _store(output, path, _result(path, target, digest, drawn, outcomes))
 
@@ -224,27 +220,36 @@ def _store(output: Path, path: str, result: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _tester(path: str) -> Iterator[Any]:
-    """`test(source, tests, seconds)`, which says how the tests end where the module at `path` has that source."""
+def _tester(path: str, tests: Sequence[str]) -> Iterator[Callable[[str, float], str]]:
+    """`test(source, seconds)`, which says how the tests end where the module at `path` has that source.
+
+    Raises:
+      UserError: they fail on the module as it is, or their process ended.
+    """
     with tempfile.TemporaryDirectory(prefix="ssl_jax_mutants_") as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".hypothesis"))
-        command = [sys.executable, str(ROOT / "benchmarks" / "mutation_child.py"), str(copy), path]
+        command = [sys.executable, str(ROOT / "benchmarks" / "mutation_child.py"), str(copy), path, *tests]
         with subprocess.Popen(
             command, env=_variables(Path(folder)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as child:
             assert child.stdin is not None and child.stdout is not None
             requests, answers = child.stdin, child.stdout
 
-            def test(source: str, tests: Sequence[str], seconds: float) -> str:
-                requests.write(json.dumps({"source": source, "tests": list(tests), "seconds": seconds}) + "\n")
-                requests.flush()
-                answer = answers.readline().strip()
-                if not answer:
+            def answer() -> str:
+                line = answers.readline().strip()
+                if not line:
                     raise UserError(f"the process that tests {path} has ended; what it said is above")
-                return answer
+                return line
+
+            def test(source: str, seconds: float) -> str:
+                requests.write(json.dumps({"source": source, "seconds": seconds}) + "\n")
+                requests.flush()
+                return answer()
 
             try:
+                if answer() != "passed":
+                    raise UserError(f"{path}: the tests fail on the module as it is: {' '.join(tests)}")
                 yield test
             finally:
                 requests.close()
