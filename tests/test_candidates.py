@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ssl_jax.config import PseudoLabels
@@ -54,6 +54,8 @@ def texts(kept):
         (candidate("yes it is", context="Yes it is"), "copy"),
         (candidate("我觉得今天天气很好", tokens=9), None),
         (candidate("好好好好好好好好好", tokens=9), "repetition"),
+        # Words that come again in threes, but not in fours.
+        (candidate("one two three four one two three five one two three six one two three"), None),
     ],
 )
 def test_each_filter_removes_what_it_is_for_and_says_so(reply, reason):
@@ -114,6 +116,13 @@ def test_the_share_by_score_is_taken_from_every_length():
     assert removed["score"] == 20
     # The best of each bucket, in the order of their prompts.
     assert [one.prompt.id for one in kept] == [f"p{n}" for n in (*range(10), *range(20, 30))]
+
+
+def test_the_best_of_a_bucket_are_kept_wherever_they_stand():
+    logprobs = [-7.0, -2.0, -9.0, -1.0, -5.0, -3.0]
+    drawn = [[candidate(f"unique reply number {n}", number=n, logprob=logprob)] for n, logprob in enumerate(logprobs)]
+    kept, _ = filter_candidates(drawn, PseudoLabels(keep_fraction=0.5, length_buckets=1))
+    assert [one.prompt.id for one in kept] == ["p1", "p3", "p5"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -181,6 +190,16 @@ def test_a_made_up_context_stands_before_the_real_reply():
     assert dialogue == Dialogue((Turn("user", "how is it there"), Turn("assistant", "cold")), id="real")
 
 
+def test_the_length_of_a_candidate_is_that_of_its_reply_drawn_or_real():
+    assert candidate("a drawn reply", tokens=4).reply_tokens == 4
+    assert made_up("a drawn context", "a real reply", tokens=4, given_tokens=9).reply_tokens == 9
+
+
+def test_a_candidate_stays_as_it_was_drawn():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        candidate("a drawn reply").drawn_for = "another prompt"  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_made_up_contexts_are_chosen_within_buckets_of_the_reply_s_length():
     drawn = [
         [made_up(f"a made-up context {n}", "some reply", given_tokens=4 + 10 * (n >= 4), logprob=-1.0 - n)]
@@ -192,6 +211,7 @@ def test_made_up_contexts_are_chosen_within_buckets_of_the_reply_s_length():
 
 @settings(max_examples=50, deadline=None)
 @given(number=st.integers(0, 30), seed=st.integers(0, 2**31))
+@example(number=2, seed=0)
 def test_shuffled_replies_are_a_permutation_in_which_none_keeps_its_prompt(number, seed):
     drawn = [candidate(f"reply {n}", number=n, logprob=-1.0 - n) for n in range(number)]
     exchanged = shuffled(drawn, seed)

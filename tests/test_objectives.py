@@ -47,6 +47,11 @@ def test_weight_of_raw_text_goes_evenly_to_its_last_value(step, expected):
     assert float(weights[1]) == pytest.approx(expected)
 
 
+def test_weight_of_raw_text_in_a_run_of_one_step_is_its_first_value():
+    weights = objectives.weights(Objectives(lm=1.0, lm_final=0.3), jnp.int32(0), first_round=0, total_steps=1)
+    assert float(weights[1]) == 1.0
+
+
 @pytest.mark.parametrize(("step", "elapsed"), [(0, 0.0), (10, 0.5), (20, 1.0), (90, 1.0)])
 def test_weight_of_soft_labels_ramps_from_the_first_step(step, elapsed):
     weight = objectives.distillation_weight(Distillation(weight=2.0, ramp=0.2), jnp.int32(step), total_steps=100)

@@ -1,5 +1,6 @@
 """Windows cover every dialogue, rows hold every window, and nothing sees or predicts what it should not."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -129,6 +130,21 @@ def test_assembled_windows_predict_every_token_once_behind_the_tokens_before_it(
         for token, on in zip(tokens[1:], mask[1:], strict=True)
     }
     assert weights == expected
+
+
+def test_a_piece_weighs_what_counts_where_it_is_predicted_for_the_first_time():
+    windows = cut_windows(np.array([9]), 4, overlap=1)
+    tokens, weights = windows.piece(1, 10 * np.arange(9), np.array([0, 1, 1, 0, 1, 1, 0, 1, 1]))
+    assert tokens.tolist() == [30, 40, 50, 60, 70]
+    assert weights.tolist() == [0, 0, 1, 0, 1]
+
+
+def test_windows_and_rows_cannot_be_given_other_contents():
+    windows, rows = cut_windows(np.array([9]), 4), pack(np.array([1]), 4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        windows.stop = windows.start  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rows.members = rows.starts  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_dialogue_that_fits_is_one_window_whatever_its_first_window_should_be():

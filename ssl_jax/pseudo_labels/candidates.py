@@ -115,7 +115,7 @@ def select(
     Returns:
       The accepted candidates in the order of their prompts, and how many candidates each filter removed.
     """
-    removed = {"frequent": 0, "not_best": 0, "score": 0}
+    removed = {"frequent": 0, "not_best": 0}
     survivors: list[Candidate] = []
     taken: collections.Counter[str] = collections.Counter()
     for drawn in candidates:
