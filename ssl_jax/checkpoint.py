@@ -169,11 +169,16 @@ class Checkpoints:
         self.wait()
         return self._steps()
 
-    def newest(self) -> int | None:
-        """The newest step that verifies; warns of every newer one that does not."""
+    def newest(self, *, at_most: int | None = None) -> int | None:
+        """The newest step that verifies, none of those after `at_most`; warns of every newer one that does not."""
         self.wait()
+
+        def find() -> str:
+            steps = [step for step in self._step_folders() if at_most is None or step <= at_most]
+            return _text(self._first_good(sorted(steps, reverse=True)))
+
         with self._explained("read"):
-            verdict = _agree(lambda: _text(self._first_good(sorted(self._step_folders(), reverse=True))))
+            verdict = _agree(find)
         return int(verdict) if verdict else None
 
     def best(self) -> int | None:

@@ -222,7 +222,7 @@ class Run:
         return state
 
     def _roll_back(self, spike: spikes.Spike) -> None:
-        """Notes that the run goes on from its newest checkpoint without the batches that led to a spike.
+        """Makes the run go on from its newest checkpoint before the batches that led to a spike, without these.
 
         Raises:
           TrainingDiverged: it has done so often enough.
@@ -231,8 +231,10 @@ class Run:
             raise TrainingDiverged(
                 f"{spike}, after {len(self.rollbacks)} rollbacks (train.max_rollbacks)\n{self._way_out()}"
             )
-        checkpoint = self.checkpoints.newest() or 0
-        first = max(checkpoint + 1, spike.step + 1 - self.config.train.loss_spike_skip)
+        first = max(1, spike.step + 1 - self.config.train.loss_spike_skip)
+        # Which batches are passed over must not depend on when the run happened to be saved.
+        checkpoint = self.checkpoints.newest(at_most=first - 1) or 0
+        self.checkpoints.drop_after(checkpoint)
         rollback = spikes.Rollback(spike, checkpoint, (first, spike.step))
         self.rollbacks = [*self.rollbacks, rollback]
         self._say_aside(f"warning: {rollback}")

@@ -95,6 +95,13 @@ def test_state_comes_back_bit_for_bit(two_steps: Path) -> None:
     assert checkpoints.meta(20) == {"position": 20}
 
 
+def test_the_newest_of_the_older_ones(directory: Path) -> None:
+    checkpoints = Checkpoints(directory)
+    assert [checkpoints.newest(at_most=step) for step in (9, 10, 19, 20)] == [None, 10, 10, 20]
+    checkpoints.drop_after(10)
+    assert checkpoints.steps() == [10] and not (directory / "20").exists()
+
+
 def test_items_are_restored_one_by_one(two_steps: Path) -> None:
     wanted = {"params": make_items(10)["params"]}
     assert_identical(Checkpoints(two_steps).restore(10, abstract(wanted)), wanted)

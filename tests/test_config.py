@@ -117,6 +117,7 @@ def test_a_size_and_a_different_shape_contradict_each_other() -> None:
         ({"pseudo_labels": {"rounds": [1.0]}}, "increasing fractions"),
         ({"mesh": {"data": -1, "fsdp": -1}}, "at most one of them is -1"),
         ({"mesh": {"tensor": 0}}, "mesh sizes are positive"),
+        ({"train": {"loss_spike_threshold": 6, "save_total_limit": 1}}, "keep no checkpoint from before so many steps"),
         ({"train": {"steps": 1, "sequence_length": 2048}}, "sequence_length 2048 exceeds model.n_positions 1024"),
         (
             {"model": {"n_positions": 160}, "train": {"steps": 1, "sequence_length": 64}},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,7 +124,7 @@ def test_too_many_in_a_row_end_the_run_and_name_step_and_dialogues(
     assert [line["step"] for line in tiny.metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
 
 
-SPIKES = ["--train.loss-spike-threshold", "8", "--train.loss-spike-window", "8", "--train.loss-spike-skip", "2"]
+SPIKES = ["--train.loss-spike-threshold", "5", "--train.loss-spike-window", "8", "--train.loss-spike-skip", "3"]
 
 
 def test_a_loss_that_jumps_is_undone_and_its_batches_passed_over(
@@ -131,39 +133,40 @@ def test_a_loss_that_jumps_is_undone_and_its_batches_passed_over(
     poison(15, how=other_targets)
     run = tiny.run_train(config, tmp_path / "run", *SPIKES)
     lines = tiny.read_jsonl(run / "skipped.jsonl")
-    assert [line["step"] for line in lines] == [14, 15] and all(line["dialogues"]["labeled"] for line in lines)
+    assert [line["step"] for line in lines] == [13, 14, 15] and all(line["dialogues"]["labeled"] for line in lines)
     assert lines[0]["reason"].startswith("passed over: the loss of step 15, ")
     assert "the loss of step 15" in (said := capfd.readouterr().err)
-    assert "going back to checkpoint 12 and passing over the batches of steps 14 to 15" in said
+    assert "going back to checkpoint 12 and passing over the batches of steps 13 to 15" in said
     learned = [line["step"] for line in tiny.metrics(run) if "loss" in line]
-    assert learned == [step for step in range(1, STEPS + 1) if step not in (14, 15)]
+    assert learned == [step for step in range(1, STEPS + 1) if step not in (13, 14, 15)]
     undisturbed = tiny.run_train(config, tmp_path / "undisturbed")
     for line, other in zip(tiny.metrics(run), tiny.metrics(undisturbed), strict=False):
-        if line["step"] < 14:
+        if line["step"] < 13:
             assert line == other, "until then nothing has happened"
 
 
 def test_an_interrupted_run_goes_back_as_an_undisturbed_one(
     config: Path, poison: Poison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whichever checkpoints an interruption leaves: also one between the batches that are passed over."""
     poison(15, how=other_targets)
     undisturbed = tiny.run_train(config, tmp_path / "undisturbed", *SPIKES)
+    write = Logbook.metrics
 
     def stop_at(number: int) -> Callable[..., None]:
-        write = Logbook.metrics
-
         def watched(self: Logbook, step: int, values: Any) -> None:
             write(self, step, values)
             if step == number:
-                raise Preempted("enough")
+                os.kill(os.getpid(), signal.SIGTERM)
 
         return watched
 
-    for number in (10, 13, 17):  # before the spike, when it has been undone, behind it
+    for number in (10, 13, 17):  # before the spike, amid the batches, behind them
         with monkeypatch.context() as patch:
             patch.setattr(Logbook, "metrics", stop_at(number))
             with pytest.raises(Preempted):
                 tiny.run_train(config, tmp_path / "run", *SPIKES)
+    assert tiny.checkpoint_steps(tmp_path / "run")[-1] > 15
     run = tiny.run_train(config, tmp_path / "run", *SPIKES)
     skipped = (undisturbed / "skipped.jsonl").read_bytes()
     assert skipped and (run / "skipped.jsonl").read_bytes() == skipped

@@ -104,12 +104,14 @@ class Train(Section):
         gt=0,
         le=1e6,
         description="A loss so many standard deviations above the mean of the steps before, such as 6, sends the run "
-        "back to its last checkpoint, and the batches up to it are passed over; absent: never.",
+        "back to a checkpoint, and the batches that led there are passed over; absent: never.",
     )
     loss_spike_window: int = Field(
         default=64, ge=8, le=100_000, description="Steps whose losses a loss is compared with, of the same streams."
     )
-    loss_spike_skip: int = Field(default=8, ge=1, description="Most batches that are passed over for one spike.")
+    loss_spike_skip: int = Field(
+        default=8, ge=1, description="Batches that are passed over for one spike: its own and those before."
+    )
     max_rollbacks: int = Field(
         default=5, ge=1, description="Spikes that send the run back before one of them ends it as diverged."
     )
@@ -124,6 +126,16 @@ class Train(Section):
     def _steps_or_epochs(self) -> Train:
         if self.steps is not None and self.num_train_epochs is not None:
             raise ValueError("give steps or num_train_epochs, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _spikes_have_a_checkpoint_before_them(self) -> Train:
+        kept = (self.save_total_limit - 1) * min(self.save_steps, self.eval_steps)
+        if self.loss_spike_threshold is not None and kept < self.loss_spike_skip:
+            raise ValueError(
+                f"loss_spike_skip {self.loss_spike_skip}: save_total_limit {self.save_total_limit} and save_steps "
+                f"{self.save_steps} keep no checkpoint from before so many steps; raise save_total_limit"
+            )
         return self
 
     @model_validator(mode="after")
