@@ -51,15 +51,24 @@ def write(folder: Any, body: Mapping[str, Any], *, without: str | None = None) -
     names = [name for name in storage.names_below(folder) if name.split("/")[-1] != NAME and name != without]
     for name in names:
         files.sync(folder / name)
+    with files.replacing(folder / NAME) as stream:
+        stream.write(encode({**body, "files": declare(folder, names)}))
+    files.sync(folder)
+    files.sync(folder.parent)
+
+
+def declare(folder: Any, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`bytes` and `sha256` of files of a folder by name.
+
+    Raises:
+      OSError: one cannot be read.
+    """
     declared = {}
     for name, found in _digests(folder, names):
         if isinstance(found, OSError):
             raise found
         declared[name] = {"bytes": found[0], "sha256": found[1]}
-    with files.replacing(folder / NAME) as stream:
-        stream.write(encode({**body, "files": declared}))
-    files.sync(folder)
-    files.sync(folder.parent)
+    return declared
 
 
 def read(path: Any) -> dict[str, Any]:

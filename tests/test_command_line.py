@@ -1,5 +1,6 @@
 """From what the user typed to a validated configuration, or to one line that names the fix."""
 
+import errno
 import os
 import re
 import subprocess
@@ -291,6 +292,9 @@ def test_any_command_line_gives_a_valid_configuration_or_a_user_error(arguments:
         assert Config.model_validate(config.model_dump()) == config
 
 
+MAKE_ROOM = "make room or set permissions, then run the same command again"
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "on_stderr"),
     [
@@ -299,6 +303,8 @@ def test_any_command_line_gives_a_valid_configuration_or_a_user_error(arguments:
         (TrainingDiverged("nan"), 3, "error: nan\n"),
         (Preempted("saved"), 75, "stopped: saved\n"),
         (KeyboardInterrupt(), 75, "stopped: interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left", "a/b"), 2, f"error: a/b: No space left; {MAKE_ROOM}\n"),
+        (PermissionError(errno.EACCES, "Permission denied"), 2, f"error: Permission denied; {MAKE_ROOM}\n"),
     ],
 )
 def test_what_happened_decides_the_exit_code(
@@ -314,12 +320,16 @@ def test_what_happened_decides_the_exit_code(
     assert capsys.readouterr().err == on_stderr
 
 
-def test_a_bug_shows_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("raised", [IndexError(), FileNotFoundError(errno.ENOENT, "No such file", "a/b")])
+def test_a_bug_shows_its_traceback(raised: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(arguments: Any) -> None:
+        raise raised
+
     with pytest.raises(SystemExit) as ended:
-        run(lambda arguments: [][1])
+        run(main)
     assert ended.value.code == 1
     assert "Traceback" in (err := capsys.readouterr().err)
-    assert "IndexError" in err
+    assert type(raised).__name__ in err
 
 
 def test_a_reader_that_left_is_no_traceback() -> None:

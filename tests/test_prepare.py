@@ -1,12 +1,13 @@
 """The whole way from files to a prepared directory, and what a user is told when something is wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from ssl_jax import prepare as entry
 from ssl_jax.config import Config
-from ssl_jax.data.pipeline import prepare
+from ssl_jax.data.pipeline import find, prepare
 from ssl_jax.data.store import Prepared
 from ssl_jax.errors import UserError
 
@@ -99,6 +100,52 @@ def test_same_request_is_found_and_not_built_again(workspace):
     again = prepare(workspace.config(), said.append)
     assert (again.directory, (again.directory / "summary.json").stat().st_mtime_ns) == (first.directory, stamp)
     assert said == [f"prepared data: {first.directory} (found)"]
+
+
+def files_of(prepared):
+    return {path.relative_to(prepared.directory): path for path in prepared.directory.rglob("*") if path.is_file()}
+
+
+def test_damaged_data_are_made_again_with_one_warning_that_names_the_file(workspace, caplog):
+    """Whichever file it is: shards, index, tokenizer, summary, what TFDS reads, the manifest itself."""
+    before = {name: path.read_bytes() for name, path in files_of(workspace.prepare()).items()}
+    assert len(before) > 10
+    for turn, name in enumerate(sorted(before)):
+        prepared = workspace.prepare()
+        path = prepared.directory / name
+        content = bytearray(before[name])
+        if content and turn % 3:
+            content[len(content) // 2] ^= 4
+            path.write_bytes(content if turn % 3 == 1 else content[:-1])
+        else:
+            path.unlink()
+        caplog.clear()
+        again = workspace.prepare()
+        (message,) = caplog.messages
+        assert f"{again.directory} is damaged" in message and name.as_posix() in message
+        after = {name: path.read_bytes() for name, path in files_of(again).items()}
+        assert after.keys() == before.keys()
+        assert {name for name in after if after[name] != before[name]} <= MADE_AT
+
+
+# What holds the time at which it was made.
+MADE_AT = {Path("records.npz"), Path("manifest.json")}
+
+
+def test_damaged_data_whose_sources_are_gone_are_refused(workspace):
+    prepared = workspace.prepare()
+    shard = next(path for path in files_of(prepared).values() if "array_record" in path.name)
+    shard.write_bytes(b"")
+    (workspace.folder / "labeled.jsonl").unlink()
+    with pytest.raises(UserError, match=r"labeled\.jsonl"):
+        workspace.prepare()
+
+
+def test_a_plan_does_not_go_by_damaged_data(workspace):
+    prepared = workspace.prepare()
+    assert find(workspace.config()) is not None
+    (prepared.directory / "records.npz").write_bytes(b"not an index")
+    assert find(workspace.config()) is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sources are read in pieces by several processes, an interrupted preparation is continued, and neither shows."""
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -160,6 +161,42 @@ def test_an_interrupted_preparation_is_continued_without_reading_again(settings,
     assert records(quietly(config(settings))) == expected
     assert sorted(set(before)) == sorted(before), "what was written is not written again"
     assert [path for path in (tmp_path / "prepared").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("what", ["spool/0.jsonl", "spool/1.npy", "spool/1.json", "tokenizer/tokenizer.json", "shard"])
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content.swapcase(), lambda _: b""])
+def test_what_an_interruption_left_is_made_again_where_it_is_damaged(settings, tmp_path, monkeypatch, what, damage):
+    expected = records(quietly(config(settings, prepared_dir=str(tmp_path / "undisturbed"))))
+    monkeypatch.setattr(pieces, "_MIN_BYTES", 3000)
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(working, *_):
+        path = next(working.rglob("*.array_record-*")) if what == "shard" else working / what
+        path.write_bytes(damage(path.read_bytes()))
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        if what.startswith("spool"):
+            rmtree = pipeline.shutil.rmtree
+            patch.setattr(pipeline.shutil, "rmtree", lambda path, **_: interrupt(path.parent) or rmtree(path))
+        else:
+            patch.setattr(pipeline.shards, "complete", interrupt)
+        with pytest.raises(Interrupted):
+            quietly(config(settings))
+    assert records(quietly(config(settings))) == expected
+
+
+def test_a_damaged_record_of_digests_is_not_believed(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.sources, "_CLOCK_GRAIN_NS", -(10**9))  # the files were made just now
+    first = quietly(config(settings))
+    remembered = tmp_path / "prepared" / "digests.json"
+    digest = hashlib.sha256((tmp_path / "labeled.jsonl").read_bytes()).hexdigest()
+    text = remembered.read_text()
+    assert digest in text
+    remembered.write_text(text.replace(digest, "0" * 64))
+    assert quietly(config(settings)).directory == first.directory
 
 
 def write_config(settings, tmp_path):

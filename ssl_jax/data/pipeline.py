@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import distributed, files, storage
+from ssl_jax import distributed, files, manifest, storage
 from ssl_jax.config import Config, Data
 from ssl_jax.data import (
     account,
@@ -201,6 +201,7 @@ def _build(
     summary = {"content_hash": content_hash, **account.summarize(data, resolved, spooled, chosen, rejected)}
     files.write_json(working / "examples.json", account.shown_examples(data, spooled, chosen))
     shutil.rmtree(working / "spool")
+    (working / "tokenizer" / manifest.NAME).unlink()
     prepared = shards.complete(working, directory, counts, tokenizer, summary, map(_rejected_row, rejected))
     (directory / shards.LOCK).unlink(missing_ok=True)
     return prepared
@@ -272,11 +273,13 @@ def _load_or_fit(
     config: Config, directory: Path, pretrained: DialogueTokenizer | None, spooled: Spool, chosen: Selection
 ) -> DialogueTokenizer:
     """The tokenizer that an earlier call left in `directory`, the one that is given, or a new one; saved there."""
-    if directory.is_dir():
+    if manifest.problem(directory) is None:
         return DialogueTokenizer.load(directory)
+    shutil.rmtree(directory, ignore_errors=True)
     tokenizer = pretrained or _fit_tokenizer(config, spooled, chosen)
     partial = directory.with_name("tokenizer.partial")
     tokenizer.save(partial)
+    manifest.write(partial, {})
     partial.rename(directory)
     return tokenizer
 

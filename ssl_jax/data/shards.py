@@ -94,13 +94,20 @@ def write_shard(path: Path, records: Iterable[Record]) -> None:
     arrays: dict[str, np.ndarray] = {name: np.array(columns[name], dtype) for name, dtype in COLUMNS.items()}
     arrays["text"] = np.array(columns["text"], np.uint64).reshape(-1, 2)
     arrays["size"] = np.array(size, np.int64)
+    arrays["sha256"] = np.array(files.digest(path)[1])
     with files.replacing(_columns_path(path)) as stream:
         np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def is_written(path: Path) -> bool:
-    """Whether `write_shard` completed a shard."""
-    return _columns_path(path).exists()
+    """Whether `write_shard` completed a shard, and nothing has changed it since."""
+    if not _columns_path(path).exists():
+        return False
+    try:
+        stored = _read_columns(path)["sha256"]
+    except Exception:  # damaged files end in any exception: of zip files, of arrays, of a missing name
+        return False
+    return path.is_file() and files.digest(path)[1] == stored.item()
 
 
 def _columns_path(path: Path) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import files, storage
+from ssl_jax import files, manifest, storage
 from ssl_jax.config import Config, Source
 from ssl_jax.data import chatterbot, chitchat, formats, named, store
 from ssl_jax.data.formats import Expected
@@ -136,7 +136,8 @@ def content_hash(config: Config, sources: Sequence[ResolvedSource], *, remember:
     if remember and not old.items() <= known.items():
         with contextlib.suppress(OSError):  # it only saves time
             remembered.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(remembered, {**known, **old})
+            with files.replacing(remembered) as stream:
+                stream.write(manifest.encode({**known, **old}))
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
@@ -147,10 +148,9 @@ def _digest(file: Path) -> str:
 
 def _read_digests(file: Path) -> Mapping[str, list[Any]]:
     try:
-        found = files.read_json(file)
-    except (OSError, ValueError):
+        return manifest.decode(file.read_bytes()) or {}
+    except OSError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def short_names(sources: Sequence[ResolvedSource]) -> dict[Path, str]:

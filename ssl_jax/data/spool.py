@@ -1,8 +1,8 @@
 """Clean dialogues on disk between reading and storing, and of each the little that decides what becomes of it.
 
-Every piece of the sources becomes three files: `<n>.jsonl` (a line for each dialogue), `<n>.npy` (its `KEYS`) and
-`<n>.json` (everything else, written last: a piece that has it is complete). Memory holds the keys alone, about 100
-bytes a dialogue.
+Every piece of the sources becomes four files: `<n>.jsonl` (a line for each dialogue), `<n>.npy` (its `KEYS`),
+`<n>.json` (everything else) and `<n>.manifest.json` (SHA-256 of the others, written last: a piece that has it is
+complete, and one that differs from it is written again). Memory holds the keys alone, about 100 bytes a dialogue.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ssl_jax import files
+from ssl_jax import files, manifest
 from ssl_jax.config import Data
 from ssl_jax.data import annotation, examples, pieces, splits
 from ssl_jax.data.cleaning.apply import Counts, step_functions
@@ -51,6 +51,7 @@ KEYS = np.dtype(
 )
 """What is known of a dialogue without its text."""
 
+_SUFFIXES = ("jsonl", "npy", "json")
 _EXAMPLES = 5
 _KEYS_AT_ONCE = 2**14
 
@@ -62,7 +63,7 @@ def write(folder: Path, data: Data, piece: Piece) -> None:
       UserError: a file that cannot be read, annotation that lacks a package, or a dialogue without what the split asks.
       OSError: the folder cannot be written.
     """
-    if _file(folder, piece.number, "json").exists():
+    if _is_whole(folder, piece.number):
         return
     steps = step_functions(data.cleaning)
     counts = Counts(max_examples=_EXAMPLES)
@@ -129,6 +130,18 @@ def write(folder: Path, data: Data, piece: Piece) -> None:
             },
         },
     )
+    declared = manifest.declare(folder, [_file(folder, piece.number, suffix).name for suffix in _SUFFIXES])
+    with files.replacing(_file(folder, piece.number, manifest.NAME)) as stream:
+        stream.write(manifest.encode({"files": declared}))
+
+
+def _is_whole(folder: Path, number: int) -> bool:
+    """Whether `write` completed a piece, and nothing has changed it since."""
+    try:
+        declared = manifest.read(_file(folder, number, manifest.NAME))["files"]
+    except ValueError:
+        return False
+    return manifest.difference(folder, declared) is None
 
 
 def _clean(
