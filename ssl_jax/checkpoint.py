@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import ending, files, orbax_s3, storage
+from ssl_jax import ending, files, orbax_metrics, orbax_s3, storage
 from ssl_jax.errors import UserError
 from ssl_jax.staging import Staging
 
@@ -254,6 +254,7 @@ class Checkpoints:
         # Orbax logs every exception of its threads with a traceback and then raises it; `wait` reports it once.
         logging.getLogger("absl").addFilter(_is_not_raised_as_well)
         orbax_s3.enable(self._directory)
+        orbax_metrics.stop_counting()
         # A bucket cannot rename a folder. Nothing reads a step without our manifest, so that it need not appear whole.
         mode = ocp.options.AtomicityMode
         atomicity = ocp.options.AtomicityOptions(
@@ -466,6 +467,9 @@ def _digests(folder: Any, names: Sequence[str], at_once: int) -> Iterator[tuple[
         except OSError as error:
             return name, error
 
+    if at_once == 1:
+        yield from map(digest, names)
+        return
     with concurrent.futures.ThreadPoolExecutor(at_once) as threads:
         yield from threads.map(digest, names)
 

@@ -64,7 +64,6 @@ class Flaky:
 
             def handle_error(self, *_: object) -> None:
                 """A client may hang up."""
-                import traceback; traceback.print_exc()
 
         with Server(("127.0.0.1", 0), Handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
