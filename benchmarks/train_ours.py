@@ -148,7 +148,7 @@ def make_config(workload: Workload) -> config.Config:
             learning_rate=rate,
             warmup_steps=0,
             lr_scheduler_type="constant",
-            ema_decay=0.99 if workload.taught_by_average else 0.0,
+            ema_decay=0.99 if workload.averaged or workload.taught_by_average else 0.0,
         ),
         distillation=config.Distillation(weight=float(workload.taught_by_average)),
         pseudo_labels=config.PseudoLabels(rounds=(0.5,) if ratio else ()),

@@ -33,6 +33,9 @@ class Workload(Section):
     taught_by_average: bool = Field(
         default=False, description="The average of the student gives unlabeled rows soft labels; ours alone."
     )
+    averaged: bool = Field(
+        default=False, description="An average of the weights is kept, and nobody taught; ours alone."
+    )
     learning_rate: float = Field(default=1e-4, gt=0, description="Constant.")
     device: Device = Field(default="cpu", description="Where to compute: float32 on cpu, bfloat16 on cuda.")
 

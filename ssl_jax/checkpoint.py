@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import ending, files, manifest, orbax_s3, storage
+from ssl_jax import ending, files, manifest, orbax_metrics, orbax_s3, storage
 from ssl_jax.errors import UserError
 from ssl_jax.staging import Staging
 
@@ -272,6 +272,7 @@ class Checkpoints:
         # Orbax logs every exception of its threads with a traceback and then raises it; `wait` reports it once.
         logging.getLogger("absl").addFilter(_is_not_raised_as_well)
         orbax_s3.enable(self._directory)
+        orbax_metrics.stop_counting()
         # A bucket cannot rename a folder. Nothing reads a step without our manifest, so that it need not appear whole.
         mode = ocp.options.AtomicityMode
         atomicity = ocp.options.AtomicityOptions(
