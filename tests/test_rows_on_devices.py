@@ -86,7 +86,8 @@ def measure_loss(mesh: Any, rows: int) -> dict[str, Any]:
     )
 
     def loss(hidden, embedding):
-        return losses.weighted_cross_entropy(hidden, embedding, targets, weights, VOCABULARY, mesh)
+        arrays = hidden, embedding, jnp.asarray(targets), jnp.asarray(weights)
+        return losses.weighted_cross_entropy(*arrays, VOCABULARY, mesh)
 
     def nll_alone(hidden, embedding):
         return losses.token_nll(hidden, embedding, jnp.asarray(targets), VOCABULARY, mesh)
