@@ -12,9 +12,9 @@ import random
 import warnings
 from collections.abc import Collection, Iterator
 
-from cosmic_ray import plugins
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
+from cosmic_ray import plugins  # pyright: ignore[reportMissingImports]
+from cosmic_ray.ast import ast_nodes, get_ast  # pyright: ignore[reportMissingImports]
+from cosmic_ray.mutating import mutate_code  # pyright: ignore[reportMissingImports]
 
 # The first does nothing; the others need names that somebody chose.
 _LEFT_OUT = {"NoOp", "VariableInserter", "VariableReplacer"}

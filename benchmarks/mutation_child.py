@@ -23,6 +23,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,14 @@ class Server:
           answers: stream of text.
         """
         self._copy, self._module, self._tests, self._answers = copy, module, tests, answers
-        self._imported = copy / "imported.json"
+        self._notes = copy / "notes.json"
+        self._imported: set[str] = set()
+        self._seconds: dict[str, float] = {}
+        self._kills: Counter[str] = Counter()
 
     def pytest_collection(self, session: Any) -> None:
         """Returns in every fork, and never in the process itself."""
         quiet = False
-        names: set[str] = set()
         seconds = FIRST_SECONDS
         while True:
             answer = "passed"
@@ -89,12 +92,11 @@ class Server:
                     session.config.args = [test]
                     return
                 answer = _outcome(child, seconds)
+                self._learn(answer, is_first=not quiet)
                 if answer != "passed":
                     break
-                if not quiet:
-                    names.update(json.loads(self._imported.read_text()))
             if not quiet:
-                _load(names, self._copy, self._module)
+                _load(self._imported, self._copy, self._module)
                 quiet = True
             print(answer, file=self._answers, flush=True)
             line = sys.stdin.readline()
@@ -104,10 +106,31 @@ class Server:
             seconds = request["seconds"]
             _put(self._copy / self._module, request["source"])
 
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Tests that have killed most come first, then those that take least time."""
+        items.sort(key=lambda item: (-self._kills[item.nodeid], self._seconds.get(item.nodeid, 0.0)))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Notes how long a test takes, and whether it fails."""
+        self._seconds[report.nodeid] = self._seconds.get(report.nodeid, 0.0) + report.duration
+        self._kills[report.nodeid] += report.failed
+
     def pytest_sessionfinish(self) -> None:
-        """Says what the tests have imported."""
-        if not self._imported.exists():
-            self._imported.write_text(json.dumps(sorted(sys.modules)))
+        """Leaves the notes of a fork to the process."""
+        notes = {"imported": sorted(sys.modules), "seconds": self._seconds, "kills": self._kills}
+        self._notes.write_text(json.dumps(notes), encoding="utf-8")
+
+    def _learn(self, answer: str, *, is_first: bool) -> None:
+        """Reads a fork's notes; one that was ended left none."""
+        if not self._notes.exists():
+            return
+        notes = json.loads(self._notes.read_text(encoding="utf-8"))
+        self._notes.unlink()
+        if is_first:
+            self._imported.update(notes["imported"])
+            self._seconds.update(notes["seconds"])
+        elif answer == "failed":
+            self._kills = Counter(notes["kills"])
 
 
 def _load(names: Collection[str], copy: Path, module: str) -> None:

@@ -56,7 +56,7 @@ def token_weights(stream_B: jax.Array, loss_weights_BT: jax.Array, objective_wei
     objective's tokens. An objective without tokens contributes nothing.
     """
     counts = objective_sums(stream_B, loss_weights_BT)
-    factors = jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)
+    factors = objective_weights / jnp.maximum(counts, 1e-9)  # of an objective without tokens all weights are 0
     return loss_weights_BT * factors[stream_B][:, None]
 
 
@@ -80,7 +80,7 @@ def soft_weights(
     is_taught_B = jnp.any(stream_B[:, None] == jnp.array(taught)[None, :], axis=1)
     counted_BT = loss_weights_BT * is_taught_B[:, None]
     count = jnp.sum(counted_BT)
-    return counted_BT * jnp.where(count > 0, weight / jnp.maximum(count, 1e-9), 0.0), count
+    return counted_BT * (weight / jnp.maximum(count, 1e-9)), count
 
 
 def replace_tokens(

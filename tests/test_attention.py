@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from ssl_jax import attention
 from ssl_jax.config import Model
+from ssl_jax.errors import UserError
 from ssl_jax.model import GPT2
 
 ROWS, HEADS, WIDTH = 2, 3, 8
@@ -146,6 +148,54 @@ def test_a_gpu_gets_the_fused_kernel_where_that_can_do_what_is_asked(monkeypatch
 def test_the_fused_kernel_is_refused_where_it_cannot(changes):
     with pytest.raises(ValueError, match="attn_implementation cudnn"):
         Model(attn_implementation="cudnn", **changes)
+
+
+A_GPU = {"platform": "gpu", "dtype": "bfloat16", "head_width": 64, "length": 200, "is_plain": True}
+A_TPU = {"platform": "tpu", "dtype": "float32", "head_width": 64, "length": 256, "is_plain": True}
+
+
+@pytest.mark.parametrize(
+    ("asked", "where", "expected"),
+    [
+        ("auto", A_GPU, "cudnn"),
+        ("auto", A_GPU | {"head_width": 128}, "cudnn"),
+        ("auto", A_GPU | {"head_width": 136}, "einsum"),
+        ("auto", A_GPU | {"head_width": 60}, "einsum"),
+        ("auto", A_GPU | {"dtype": "float32"}, "einsum"),
+        ("auto", A_GPU | {"is_plain": False}, "einsum"),
+        ("einsum", A_GPU, "einsum"),
+        ("cudnn", A_GPU, "cudnn"),
+        ("auto", A_TPU, "splash"),
+        ("auto", A_TPU | {"dtype": "bfloat16", "head_width": 60}, "splash"),
+        ("auto", A_TPU | {"length": 200}, "einsum"),
+        ("auto", A_TPU | {"length": None}, "splash"),
+        ("splash", A_TPU, "splash"),
+        ("splash", A_TPU | {"length": None}, "splash"),
+        ("auto", A_GPU | {"platform": "cpu"}, "einsum"),
+        # Without training, another machine answers, too.
+        ("cudnn", A_TPU | {"length": None}, "einsum"),
+        ("splash", A_GPU | {"length": None}, "einsum"),
+    ],
+)
+def test_the_form_of_attention_that_is_chosen(asked, where, expected):
+    assert attention.choose(asked, **where) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "where", "why"),
+    [
+        ("cudnn", A_TPU, "a kernel of NVIDIA GPUs, and this is a tpu; set it to einsum"),
+        ("splash", A_GPU, "a kernel of TPUs, and this is a gpu; set it to einsum"),
+        ("cudnn", A_GPU | {"dtype": "float32"}, "set model.dtype float32 to bfloat16"),
+        ("cudnn", A_GPU | {"head_width": 60}, "needs heads of 8, 16, … or 128 wide, not 60; change model.n_head"),
+        ("cudnn", A_GPU | {"head_width": 136}, "needs heads of 8, 16, … or 128 wide, not 136; change model.n_head"),
+        ("splash", A_TPU | {"length": 200}, "change train.sequence_length 200"),
+        ("splash", A_TPU | {"is_plain": False}, "has no attn_pdrop and no reorder_and_upcast_attn; set them to 0"),
+    ],
+)
+def test_a_kernel_that_cannot_be_had_is_refused_with_what_to_change(asked, where, why):
+    with pytest.raises(UserError, match=f"^model.attn_implementation {asked} .*{re.escape(why)}, or set it to auto$"):
+        attention.choose(asked, **where)
 
 
 @pytest.mark.gpu

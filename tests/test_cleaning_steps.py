@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ssl_jax.config import Config
 from ssl_jax.config import cleaning as config
+from ssl_jax.data.cleaning import filters
 from ssl_jax.data.cleaning.apply import FUNCTIONS, Counts, clean, step_functions
 from ssl_jax.data.pipeline import prepare
 from ssl_jax.dialogue import Dialogue, Turn
@@ -185,6 +186,24 @@ def test_a_dialogue_that_loses_its_reply_or_its_question_is_removed():
 )
 def test_dialogues_in_other_languages_are_removed_unless_too_short_to_tell(text, keep, stays):
     assert (change({"step": "language", "keep": keep}, text) is not None) == stays
+
+
+@pytest.mark.parametrize(
+    ("keep", "min_confidence", "stays"),
+    [(("zh",), 0.75, True), (("zh",), 0.76, False), (("wuu",), 0.5, True), (("wuu", "zh"), 0.76, False)],
+)
+def test_what_counts_for_a_language_is_the_sum_over_it_and_its_members(monkeypatch, keep, min_confidence, stays):
+    class Identifier:
+        def rank(self, text):
+            assert text == "0123456789\n0"
+            return [("wuu", 0.5), ("zh", 0.25), ("en", 0.25)]
+
+    monkeypatch.setattr(filters, "load_identifier", Identifier)
+    dialogue = raw("0123456789", "0123456789")
+    options = {"keep": keep, "min_confidence": min_confidence}
+    result = filters.language(dialogue, **options, min_characters=21, sample_characters=12)
+    assert result is (dialogue if stays else None)
+    assert filters.language(dialogue, **options, min_characters=22, sample_characters=12) is dialogue
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def test_weight_of_pseudo_labels_ramps_from_the_first_round(step, elapsed):
 
 def test_ramp_of_length_zero_is_over_after_one_step():
     settings = Objectives(pseudo=0.5, pseudo_ramp=0.0)
-    weights = [objectives.weights(settings, jnp.int32(s), first_round=40, total_steps=100)[2] for s in (41, 42)]
-    np.testing.assert_allclose(weights, 0.5)
+    weights = [objectives.weights(settings, jnp.int32(s), first_round=40, total_steps=100)[2] for s in (40, 41, 42)]
+    np.testing.assert_allclose(weights, [0.5 * math.exp(-5), 0.5, 0.5])
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (50, 0.65), (100, 0.3)])
