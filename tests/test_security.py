@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import re
+import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -502,3 +504,99 @@ def test_a_role_or_field_that_is_a_name_is_shown(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "customer", "content": CANARY}]}, {"dialog": CANARY}]
     told = refusals(tiny.write_jsonl(tmp_path / "rows.jsonl", rows), "messages", "labeled")
     assert "message 0 has role 'customer'" in told and "found dialog" in told
+
+
+# Found by every Python that this one starts: writes down who looks up a class on behalf of a pickle.
+HOOK = """
+import sys, traceback
+def hook(event, arguments):
+    if event == "pickle.find_class":
+        frames = [frame.filename for frame in traceback.extract_stack()]
+        with open(TRACE, "a") as file:
+            print(*arguments, *frames, sep="|", file=file)
+sys.addaudithook(hook)
+"""
+ALL_COMMANDS = """
+import sys
+from ssl_jax import command_line, evaluate, export, generate, loop, prepare, train
+folder, config = sys.argv[1:]
+workdir = f"{folder}/run"
+prepare.main(["--config", config])
+train.main(["--config", config, "--workdir", workdir])
+evaluate.main(["--workdir", workdir])
+generate.main(["--workdir", workdir, "--prompt", "hi", "--max-new-tokens", "1"])
+export.main(["--workdir", workdir, "--output", f"{folder}/export"])
+try:
+    prepare.main(["--config", config, "--data.max-rejected-fraction", "0"])
+except ValueError as error:
+    print(error, file=sys.stderr)
+sys.argv = ["train", "--config", config, "--workdir", f"{folder}/crash", "--seed", "1"]
+loop.dynamics = loop.step = loop.programs = None
+command_line.run(train.main)
+"""
+# What is there to hold dialogues: prepared data with examples of what cleaning did, rounds, answers to fixed prompts.
+HOLDS_TEXT = re.compile(
+    r"prepared/\w+/(dialogues/|examples\.json)|(pseudo_labels|back_translations)/round_|samples\.jsonl"
+)
+
+
+@pytest.fixture(scope="module")
+def all_commands(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path, Path]:
+    """Every command once, on dialogues each turn of which has the canary, then a run that crashes.
+
+    Returns the process, the folder with all that it wrote, and the trace of the hook.
+    """
+    folder, hooks = tmp_path_factory.mktemp("commands"), tmp_path_factory.mktemp("hook")
+    trace = hooks / "trace"
+    (hooks / "sitecustomize.py").write_text(HOOK.replace("TRACE", repr(str(trace))))
+    config = tiny.write_all(folder)
+    for name in ("labeled", "raw", "prompts"):
+        rows = tiny.read_jsonl(folder / f"{name}.jsonl")
+        for row in rows:
+            for message in row.get("messages", ()):
+                message["content"] = f"{CANARY}: {message['content']}"
+            if "text" in row:
+                row["text"] = f"{CANARY}: {row['text']}"
+        broken = [{"messages": [{"role": CANARY, "content": CANARY}]}, {CANARY: CANARY}]
+        tiny.write_jsonl(folder / f"{name}.jsonl", [*rows, *broken])
+    values = tiny.settings(folder)
+    tiny.write_config(config, {**values, "train": {**values["train"], "steps": 8}})
+    variables = {**tiny.environment(), "PYTHONPATH": os.pathsep.join([str(hooks), str(tiny.ROOT)])}
+    process = subprocess.run(
+        [sys.executable, "-c", ALL_COMMANDS, str(folder), str(config)],
+        env=variables, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    return process, folder, trace
+
+
+def test_nothing_that_was_said_is_told_or_written_where_it_was_not_asked_for(all_commands: Any) -> None:
+    process, folder, _ = all_commands
+    assert process.returncode == 1 and "Traceback" in process.stderr, process.stderr
+    assert "2 rows" in process.stdout or "rejected 6 rows" in process.stdout, process.stdout
+    assert "rows are malformed" in process.stderr
+    assert "canary" not in process.stdout + process.stderr
+    written = [
+        path for path in folder.rglob("*") if (path.is_file() and path.suffix != ".jsonl") or path.parent != folder
+    ]
+    names = {path.relative_to(folder).as_posix() for path in written if path.is_file()}
+    assert {"run/metrics.jsonl", "run/summary.json", "run/eval_test.json", "prepared/rejected.jsonl"} <= names
+    assert any(name.startswith("run/tensorboard/") for name in names)
+    silent = [name for name in names if not HOLDS_TEXT.search(name)]
+    assert [name for name in silent if CANARY.encode() in (folder / name).read_bytes()] == []
+    assert [name for name in names if (folder / name).stat().st_mode & stat.S_IWOTH] == []
+
+
+def test_no_command_unpickles_what_a_file_holds(all_commands: Any) -> None:
+    """Processes of one run may hand each other pickles, over pipes that are theirs alone."""
+    trace = all_commands[2]
+    looked_up = trace.read_text().splitlines() if trace.exists() else []
+    strangers = [line for line in looked_up if "/multiprocessing/" not in line]
+    assert strangers == []
+
+
+def test_the_hook_that_watches_for_pickles_sees_one(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HOOK.replace("TRACE", repr(str(tmp_path / "trace"))))
+    program = "import pickle, pathlib; pickle.loads(pickle.dumps(pathlib.Path('a')))"
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=variables, check=True)
+    assert "Path" in (tmp_path / "trace").read_text()

@@ -14,7 +14,10 @@ from ssl_jax.dialogue import Dialogue
 # Deeper nesting is no writer's; it stays, so that a hostile text costs no more than so many passes.
 MAX_NESTING = 16
 
-_Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
+_Rule = Callable[[str], str]
+
+# Of a comment or a script. A longer one is none, or was never closed.
+_MAX_HIDDEN = 5000
 
 # Only names that HTML has: "<3", "a < b > c", "<Media omitted>" and "<url>" are text.
 _BLOCKS = "p|div|br|hr|li|ul|ol|tr|table|tbody|thead|h[1-6]|blockquote|pre|section|article|header|footer|dl|dt|dd"
@@ -42,8 +45,8 @@ def markup(dialogue: Dialogue, *, mention: str) -> Dialogue:
             return text
         for _ in range(MAX_NESTING):
             before = text
-            for pattern, replacement in rules:
-                text = pattern.sub(replacement, text)
+            for rule in rules:
+                text = rule(text)
             if text == before:
                 break
         return text
@@ -61,10 +64,8 @@ def _rules(mention: str) -> tuple[_Rule, ...]:
         name = match["name"]
         return f"{match['kind']}{name.removeprefix(match['kind'])}" if name else mention
 
-    return (
+    replaced: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
         # HTML
-        (re.compile(r"<!--.{0,5000}?-->", re.DOTALL), ""),
-        (re.compile(r"<(script|style)\b[^<>]*>.{0,5000}?</\1\s*>", re.DOTALL | re.IGNORECASE), ""),
         (re.compile(rf"<(?:{_BLOCKS})(?:\s[^<>]*|/)?>", re.IGNORECASE), _line_break),
         (re.compile(rf"</(?:{_BLOCKS})\s*>|</?(?:{_INLINE})(?:\s[^<>]*|/)?>", re.IGNORECASE), ""),
         (re.compile(r"&(?:amp;|#38;|#x26;)*(#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});"), _entity),
@@ -87,6 +88,36 @@ def _rules(mention: str) -> tuple[_Rule, ...]:
         (emphasis("_"), r"\2"),
         (re.compile(r"(?<!~)~~(?=[^\s~])([^~\n]{1,500})(?<!\s)~~(?!~)"), r"\1"),
     )
+    return (
+        functools.partial(_without, re.compile("<!--"), re.compile("-->")),
+        *(
+            functools.partial(
+                _without,
+                re.compile(rf"<{name}\b[^<>]*>", re.IGNORECASE),
+                re.compile(rf"</{name}\s*>", re.IGNORECASE),
+            )
+            for name in ("script", "style")
+        ),
+        *(functools.partial(pattern.sub, replacement) for pattern, replacement in replaced),
+    )
+
+
+def _without(opening: re.Pattern[str], closing: re.Pattern[str], text: str) -> str:
+    """A text without what is from an opening to the next closing; the text is searched once, however many open."""
+    kept: list[str] = []
+    position = 0
+    closed: re.Match[str] | None = None
+    for opened in opening.finditer(text):
+        if opened.start() < position:
+            continue
+        if closed is None or closed.start() < opened.end():
+            closed = closing.search(text, opened.end())
+        if closed is None:
+            break
+        if closed.start() - opened.end() <= _MAX_HIDDEN:
+            kept.append(text[position : opened.start()])
+            position = closed.end()
+    return "".join([*kept, text[position:]]) if position else text
 
 
 def _line_break(match: re.Match[str]) -> str:

@@ -130,7 +130,7 @@ def _without_signature(text: str, max_lines: int) -> str:
             lines.pop()
         for number in range(max(0, len(lines) - 1 - max_lines), len(lines)):
             if _SIGNATURE_MARK.fullmatch(lines[number]):
-                lines = lines[:number]
+                del lines[number:]
                 break
     result = "\n".join(lines)
     return text if result == text.rstrip() else result.rstrip()

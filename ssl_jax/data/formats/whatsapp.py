@@ -37,7 +37,7 @@ _FIRST_YEAR = 2009  # of WhatsApp
 _GROUPS = 8  # of _STAMP
 _SPEAKER = re.compile(r"([^:\"“”„«»]{1,100}?)\s?:(?:\s|$)")
 _PLACEHOLDER = re.compile(r"<[^<>\n]{2,80}>")
-_EDITED = re.compile(r"\s*[\u200e]?<[^<>\n]{3,40}\bedit[^<>\n]{0,30}>\s*$", re.IGNORECASE)
+_EDITED = re.compile(r"\u200e?<[^<>\n]{3,40}\bedit[^<>\n]{0,30}>\s*$", re.IGNORECASE)
 # `IMG-20230405-WA0001.jpg (file attached)`; what follows on the next lines is the caption.
 _ATTACHED = re.compile(r"[^\n]{1,100}\.\w{2,5} \([^()\n]{4,40}\)(?:\n|$)")
 _ATTACHED_IOS = re.compile(r"\u200e?<[^<>\n]{2,20}: [^<>\n]{3,100}\.\w{2,5}>")
@@ -138,7 +138,9 @@ def _typed(said: str) -> str:
     text = _ATTACHED_IOS.sub("", _ATTACHED.sub("", said, count=1))
     if text.startswith(_IOS_NOT_TYPED) and text.count("\n") == 0:
         return ""
-    text = _EDITED.sub("", text).strip(_MARKS + " ")
+    if edited := _EDITED.search(text):
+        text = text[: edited.start()].rstrip()
+    text = text.strip(_MARKS + " ")
     if _PLACEHOLDER.fullmatch(text) or text.rstrip(".").casefold() in _NOT_TEXT:
         return ""
     return text
