@@ -24,9 +24,8 @@ import numpy as np
 from train_ours import Training
 from workload import Workload
 
-from ssl_jax import checkpoint, files
+from ssl_jax import checkpoint, files, run_state
 from ssl_jax.checkpoint import Checkpoints
-from ssl_jax.loop import _checkpoint_items
 
 _LIMIT_BYTES = 2**28
 _LIMIT_REPEATS = 5
@@ -58,7 +57,7 @@ def main() -> None:
     for _ in range(_WARM_UP_STEPS):
         training.take(1)
     step_seconds = statistics.median(training.take(1)["seconds"] for _ in range(_TIMED_STEPS))
-    items = _checkpoint_items(training.state)
+    items = run_state.items(training.state)
     result: dict[str, Any] = {
         "cores": len(os.sched_getaffinity(0)),
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(items)),
@@ -105,7 +104,7 @@ def limits(folder: Path) -> dict[str, float]:
 def time_saves(training: Training, folder: Path, count: int) -> Iterator[dict[str, float]]:
     """Seconds of the parts of saves, each with a step of training behind it."""
     checkpoints = Checkpoints(folder, save_total_limit=1)
-    checkpoints.reserve(_checkpoint_items(training.state))
+    checkpoints.reserve(run_state.items(training.state))
     for _ in range(count):
         with manifest_clock() as clock:
             started = time.perf_counter()
@@ -151,7 +150,7 @@ def time_restores(training: Training, folder: Path) -> Iterator[dict[str, float]
     """Seconds that a process that goes on needs for its newest checkpoint."""
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        _checkpoint_items(training.state),
+        run_state.items(training.state),
     )
     for _ in range(_RESTORES):
         checkpoints = Checkpoints(folder)
@@ -172,7 +171,7 @@ def take_turns(training: Training, folder: Path, arguments: dict[str, Any]) -> I
         ours: Checkpoints(folder / "ours", save_total_limit=1),
     }
     for writer in (orbax, ours):
-        writers[writer].reserve(_checkpoint_items(training.state))
+        writers[writer].reserve(run_state.items(training.state))
     for number in range(arguments["rounds"]):
         for mode, checkpoints in writers.items():
             started, cpu, steps = time.perf_counter(), time.process_time(), 0
@@ -197,7 +196,7 @@ def take_turns(training: Training, folder: Path, arguments: dict[str, Any]) -> I
 
 def save(checkpoints: Checkpoints, training: Training) -> None:
     """As a run does."""
-    checkpoints.save(int(training.state.step), _checkpoint_items(training.state), {})
+    checkpoints.save(int(training.state.step), run_state.items(training.state), {})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ssl_jax import (
     plan,
     pretrained,
     programs,
+    run_state,
     sharding,
     spikes,
     step,
@@ -35,7 +36,7 @@ from ssl_jax.conversation import as_prompt
 from ssl_jax.data.store import Prepared
 from ssl_jax.data.streams import Batches, Phase
 from ssl_jax.dialogue_model import DialogueModel
-from ssl_jax.errors import Preempted, TrainingDiverged, UserError
+from ssl_jax.errors import Preempted, TrainingDiverged
 from ssl_jax.evaluation import measure
 from ssl_jax.logbook import Logbook
 from ssl_jax.progress import Progress, Window
@@ -127,7 +128,7 @@ class Run:
             ) as logbook,
             self.signals.ending(logbook.close),
         ):
-            self.checkpoints.reserve(_checkpoint_items(state))
+            self.checkpoints.reserve(run_state.items(state))
             if newest:
                 logbook.say(f"going on from checkpoint {newest}")
             logbook.table("plan", description.rows(self.config, self.plan, self.shape, self.mesh, self.streams))
@@ -267,9 +268,8 @@ class Run:
     def _save(self, state: step.TrainState, progress: Progress, logbook: Logbook, metric: float | None = None) -> None:
         self.watchdog.moved("save")
         progress.seconds = logbook.elapsed()
-        meta = {**progress.to_meta(), "scan_layers": self.shape.scan_layers, "seed": self.config.seed}
-        meta |= {"labeled_rows": self.plan.labeled_rows, "rows": self.plan.rows, **self._origin()}
-        self.checkpoints.save(int(state.step), _checkpoint_items(state), meta, metric=metric)
+        meta = {**progress.to_meta(), "scan_layers": self.shape.scan_layers, **self._origin()}
+        self.checkpoints.save(int(state.step), run_state.items(state), meta, metric=metric)
 
     def _hold_round(self, number: int, at: int, state: step.TrainState, progress: Progress, logbook: Logbook) -> None:
         """Holds the round before step `at + 1`, but for what an earlier process did of it, and logs it."""
@@ -425,64 +425,20 @@ class Run:
         return DialogueModel(self.shape, params, self.prepared.tokenizer, self.mesh)
 
     def _restore(self, number: int) -> tuple[step.TrainState, Progress]:
+        """The state and the progress of a checkpoint.
+
+        Raises:
+          UserError: it is of another run, or damaged.
+        """
         meta = self.checkpoints.meta(number)
-        self._check_origin(number, meta)
-        self._check_rows(meta)
-        restored = self.checkpoints.restore(number, _checkpoint_items(self.programs.abstract_state))
-        counters = restored["optimizer"]
-        state = step.TrainState(
-            step=counters["step"],
-            params=restored["params"],
-            ema=restored.get("ema"),
-            optimizer_state=counters["state"],
-            skipped=counters["skipped"],
-            confidence=counters.get("confidence"),
-        )
-        return state, Progress.from_meta(meta)
+        name, shards = f"checkpoint {number} in {self.place.name}", sharding.row_shards(self.mesh)
+        run_state.check_origin(meta, self._origin(), self.config, shards, name)
+        return run_state.restore(self.checkpoints, number, self.programs.abstract_state), Progress.from_meta(meta)
 
     def _origin(self) -> dict[str, Any]:
-        """What a checkpoint is of, beside its step."""
-        return {"config": workdir.fingerprint(self.config), "data": self.prepared.summary["content_hash"]}
-
-    def _check_origin(self, number: int, meta: Mapping[str, Any]) -> None:
-        """Makes sure that a checkpoint is of this configuration and these data, whatever the work directory says.
-
-        Raises:
-          UserError: it is not.
-        """
-        for name, value in self._origin().items():
-            if meta.get(name, value) != value:
-                what = {"config": "another configuration", "data": "other data"}[name]
-                raise UserError(
-                    f"checkpoint {number} in {self.place.name} was made with {what}; name another --workdir"
-                )
-
-    def _check_rows(self, meta: Mapping[str, Any]) -> None:
-        """Makes sure that a run goes on with the rows a step that it began with, whatever the devices.
-
-        Raises:
-          UserError: it would not.
-        """
-        shards, labeled = sharding.row_shards(self.mesh), meta.get("labeled_rows", self.plan.labeled_rows)
-        if (labeled, meta.get("rows", self.plan.rows)) == (self.plan.labeled_rows, self.plan.rows):
-            return
-        divides = labeled % shards == 0
-        way_out = f"set it to {labeled // shards}" if divides else f"use a number of devices that divides {labeled}"
-        raise UserError(
-            f"train.per_device_train_batch_size {self.config.train.per_device_train_batch_size} on {shards} devices "
-            f"gives {self.plan.labeled_rows} labeled rows a step, and the run has {labeled}; {way_out}"
-        )
+        return run_state.origin(self.config, self.prepared.summary["content_hash"], self.plan)
 
     def _compilations(self) -> int:
         """How many programs the train step was compiled to: one, whatever the phases."""
         cache: Any = self.programs.train_step
         return cache._cache_size()
-
-
-def _checkpoint_items(state: step.TrainState) -> dict[str, Any]:
-    """A state, or its shapes, as the items of a checkpoint: what answers can be read without the optimizer's part."""
-    counters = {"step": state.step, "skipped": state.skipped, "state": state.optimizer_state}
-    if state.confidence is not None:
-        counters["confidence"] = state.confidence
-    averaged = {} if state.ema is None else {"ema": state.ema}
-    return {"params": state.params, "optimizer": counters, **averaged}
