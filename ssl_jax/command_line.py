@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -29,6 +30,8 @@ from ssl_jax import distributed
 from ssl_jax.errors import Preempted, TrainingDiverged, UserError
 
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
+
+_TERMINAL_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -60,7 +63,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     if code:
         distributed.end(code, text)
     if text:
-        print(text, file=sys.stderr)
+        # A message may quote a stranger's file, which shall not give orders to the terminal.
+        print(_TERMINAL_CONTROL.sub(lambda control: repr(control[0])[1:-1], text), file=sys.stderr)
     sys.exit(code)
 
 
