@@ -39,7 +39,7 @@ from ssl_jax import (
     tensor_files,
     train,
 )  # fmt: skip
-from ssl_jax.config import Source, cleaning
+from ssl_jax.config import Source, TemplateName, cleaning
 from ssl_jax.data import formats, named, store, template_renderer
 from ssl_jax.data.cleaning.apply import step_functions
 from ssl_jax.data.formats import Expected
@@ -81,9 +81,14 @@ def test_no_source_runs_what_a_file_says(path: Path) -> None:
             # `network.eval()` of PyTorch is another thing.
             if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"):
                 found.append(name)
-            if parts[0] == "yaml" and parts[-1] in ("load", "load_all", "unsafe_load", "full_load"):
+            if (
+                isinstance(node, ast.Call)
+                and parts[0] == "yaml"
+                and parts[-1] in ("load", "load_all", "unsafe_load", "full_load")
+            ):
                 loader = [ast.unparse(word) for word in (*node.args[1:], *(word.value for word in node.keywords))]
-                if parts[-1] not in ("load", "load_all") or loader not in (["_StrictLoader"], ["_LOADER"]):
+                is_strict = parts[-1] == "load" and loader in (["_StrictLoader"], ["_LOADER"])
+                if not (is_strict or parts[-1].startswith("safe_")):
                     found.append(ast.unparse(node))
         is_off = isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant) and node.value.value is False
         if getattr(node, "arg", None) in ("allow_pickle", "trust_remote_code", "shell") and not is_off:
@@ -112,7 +117,7 @@ def test_a_tag_of_python_in_a_configuration_is_refused_and_runs_nothing(
 
 
 @functools.cache
-def tokenizer_with(chat_template: str, form: str = "chat_template") -> DialogueTokenizer:
+def tokenizer_with(chat_template: str, form: TemplateName = "chat_template") -> DialogueTokenizer:
     """A tokenizer of bytes with the chat template of a stranger."""
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(letters, []))
@@ -708,7 +713,7 @@ HOSTILE = st.lists(
 @settings(max_examples=50, deadline=None)
 @pytest.mark.parametrize("form", ["role_tokens", "end_of_text", "plain", "chat_template"])
 def test_no_system_turn_or_prefix_forges_a_control_token(
-    form: str, system: str, user: str, reply: str, prefix: str
+    form: TemplateName, system: str, user: str, reply: str, prefix: str
 ) -> None:
     tokenizer = tokenizer_with(HARMLESS, form)
     controls = {*tokenizer.end_ids, *tokenizer.suppressed_ids}
