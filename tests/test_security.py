@@ -42,7 +42,7 @@ from ssl_jax import (
 from ssl_jax.config import Source, TemplateName, cleaning
 from ssl_jax.data import formats, named, store, template_renderer
 from ssl_jax.data.cleaning.apply import step_functions
-from ssl_jax.data.formats import Expected
+from ssl_jax.data.formats import Expected, parquet
 from ssl_jax.data.tokenizer import DialogueTokenizer
 from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.errors import UserError
@@ -725,3 +725,20 @@ def test_no_system_turn_or_prefix_forges_a_control_token(
         return [[token for token in tokens.tolist() if token in controls] for tokens in encoded]
 
     assert found(system, user, reply, prefix) == found("a", "a", "a", "a")
+
+
+def test_a_parquet_file_that_repeats_a_large_value_does_not_fill_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary holds it once, so that less than a kilobyte stands for a quarter of a gigabyte."""
+    pyarrow, written = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "rows.parquet"
+    written.write_table(
+        pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays([0] * 256, ["x" * 2**20])}), file, compression="zstd"
+    )
+    assert file.stat().st_size < 10_000
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 2**23)
+    source = Source.model_validate({"path": str(file)})
+    rows = list(formats.read(source, "unlabeled", 1000))
+    assert [row.reason for row in rows if isinstance(row, formats.Rejected)] == ["turn too long"] * 256
+    assert pyarrow.default_memory_pool().max_memory() < 2**26
