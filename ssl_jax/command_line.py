@@ -28,7 +28,7 @@ from pydantic_core import PydanticUndefined
 
 from ssl_jax import distributed
 from ssl_jax.errors import Preempted, TrainingDiverged, UserError
-from ssl_jax.shown import printable, shortened
+from ssl_jax.shown import printable, shortened, without_controls
 from ssl_jax.signals import Signals
 
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
@@ -76,7 +76,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     if code:
         distributed.end(code, text)
     if text:
-        print(text, file=sys.stderr)
+        # A message may quote a stranger's file, which shall not give orders to the terminal.
+        print(without_controls(text), file=sys.stderr)
     sys.exit(code)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import Any
 
 _LONGEST_VALUE, _LONGEST_NAME = 80, 120
 # Python refuses to write larger numbers in decimals.
 _LONGEST_NUMBER_BITS = 1024
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class _Repr(reprlib.Repr):
@@ -38,6 +40,11 @@ def printable(text: str, longest: int = _LONGEST_NAME) -> str:
     """A name or a text without what would move the cursor or begin a line, and no longer than that."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: longest + 1])
     return cut(shown, longest)
+
+
+def without_controls(text: str) -> str:
+    """A text of several lines without what would give a terminal orders."""
+    return _CONTROL.sub(lambda control: repr(control[0])[1:-1], text)
 
 
 def cut(text: str, longest: int) -> str:

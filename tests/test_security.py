@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
+import html.parser
 import json
 import os
 import re
@@ -22,14 +24,27 @@ import numpy as np
 import pytest
 import tiny
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from ssl_jax import checkpoint as checkpoints
-from ssl_jax import command_line, compilation_cache, files, huggingface, storage, tensor_files, train
-from ssl_jax.config import Source
+from ssl_jax import (
+    command_line,
+    compilation_cache,
+    files,
+    huggingface,
+    review_page,
+    storage,
+    tensor_files,
+    train,
+)  # fmt: skip
+from ssl_jax.config import Source, TemplateName, cleaning
 from ssl_jax.data import formats, named, store, template_renderer
-from ssl_jax.data.formats import Expected
+from ssl_jax.data.cleaning.apply import step_functions
+from ssl_jax.data.formats import Expected, parquet
 from ssl_jax.data.tokenizer import DialogueTokenizer
+from ssl_jax.dialogue import Dialogue, Turn
 from ssl_jax.errors import UserError
 from ssl_jax.pseudo_labels import rounds
 
@@ -66,9 +81,14 @@ def test_no_source_runs_what_a_file_says(path: Path) -> None:
             # `network.eval()` of PyTorch is another thing.
             if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"):
                 found.append(name)
-            if parts[0] == "yaml" and parts[-1] in ("load", "load_all", "unsafe_load", "full_load"):
+            if (
+                isinstance(node, ast.Call)
+                and parts[0] == "yaml"
+                and parts[-1] in ("load", "load_all", "unsafe_load", "full_load")
+            ):
                 loader = [ast.unparse(word) for word in (*node.args[1:], *(word.value for word in node.keywords))]
-                if parts[-1] not in ("load", "load_all") or loader not in (["_StrictLoader"], ["_LOADER"]):
+                is_strict = parts[-1] == "load" and loader in (["_StrictLoader"], ["_LOADER"])
+                if not (is_strict or parts[-1].startswith("safe_")):
                     found.append(ast.unparse(node))
         is_off = isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant) and node.value.value is False
         if getattr(node, "arg", None) in ("allow_pickle", "trust_remote_code", "shell") and not is_off:
@@ -96,7 +116,8 @@ def test_a_tag_of_python_in_a_configuration_is_refused_and_runs_nothing(
         assert not trace.exists()
 
 
-def tokenizer_with(chat_template: str) -> DialogueTokenizer:
+@functools.cache
+def tokenizer_with(chat_template: str, form: TemplateName = "chat_template") -> DialogueTokenizer:
     """A tokenizer of bytes with the chat template of a stranger."""
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(letters, []))
@@ -104,7 +125,7 @@ def tokenizer_with(chat_template: str) -> DialogueTokenizer:
     backend.decoder = decoders.ByteLevel()  # pyright: ignore
     backend.add_special_tokens(["<s>", "</s>"])
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<s>"}
-    return DialogueTokenizer(backend, template="chat_template", named_tokens=named, chat_template=chat_template)
+    return DialogueTokenizer(backend, template=form, named_tokens=named, chat_template=chat_template)
 
 
 HARMLESS = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
@@ -161,12 +182,14 @@ def test_a_chat_template_cannot_leave_its_sandbox(attack: str, tmp_path: Path) -
 )  # fmt: skip
 def test_a_chat_template_without_end_or_bounds_is_ended(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_renderer, "_SECONDS", 1)
-    tokenizer_with(HARMLESS)  # the time that the renderer takes to start is another's
+    # The time that the renderer takes to start is another's.
+    template_renderer.render(HARMLESS, [], prompt=True, blocks=False, variables={})
     before = time.monotonic()
     with pytest.raises(UserError, match="chat template"):
         tokenizer_with(HARMLESS + attack)
     assert time.monotonic() - before < 20
-    tokenizer_with(HARMLESS)  # and what comes after is served
+    text, _ = template_renderer.render(HARMLESS, [], prompt=True, blocks=False, variables={})
+    assert text == "<s>"  # and what comes after is served
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
@@ -600,3 +623,122 @@ def test_the_hook_that_watches_for_pickles_sees_one(tmp_path: Path) -> None:
     variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], env=variables, check=True)
     assert "Path" in (tmp_path / "trace").read_text()
+
+
+def hostile_texts(size: int) -> Iterator[str]:
+    """Texts that a pattern which goes back and tries again would take hours for."""
+    for unit in (
+        " ", "\n", "a", "1", "a.", "a@", "(", "[", "<", "<!--", "<script>", "</script", "[quote]", "[b]", "[a](", "*a",
+        "_", "`", "~~a", "# ", "> ", "On 1 ", "-- \n", "12 ", "1:", "+1 ", "GB12 ", "&amp;", "http://", "x joined ",
+        "é", "<a: ", "<edit", "12/31/23, ", "\u0301", "a'",
+    ):  # fmt: skip
+        many = unit * (size // len(unit.encode()))
+        yield many
+        yield f"x {many}\n!"
+
+
+@pytest.mark.parametrize("step", [name for name in cleaning.STEP_CLASSES if name not in ("language", "stop_words")])
+def test_no_text_keeps_a_cleaning_step_busy(step: str) -> None:
+    ((_, clean),) = step_functions([cleaning.STEP_CLASSES[step](step=step)])  # pyright: ignore[reportCallIssue]
+    for text in hostile_texts(2**17):
+        dialogue = Dialogue((Turn("user", text), Turn("assistant", "ok")), metadata={"speakers": ["a", "b"]})
+        before = time.process_time()
+        clean(dialogue)
+        assert time.process_time() - before < 2, text[:20]
+
+
+@pytest.mark.parametrize("format", ["whatsapp", "log", "text", "parlai"])
+def test_no_text_keeps_a_reader_busy(tmp_path: Path, format: str) -> None:
+    begun = {"whatsapp": "12/31/23, 9:41 PM - Ann: ", "log": "ann\t", "text": "", "parlai": "text:"}[format]
+    source = Source.model_validate({"path": str(tmp_path / "a.txt"), "format": format})
+    for text in hostile_texts(2**17):
+        (tmp_path / "a.txt").write_text(f"{begun}x{text}x\n{begun}x\n", encoding="utf-8")
+        before = time.process_time()
+        list(formats.read(source, "unlabeled", 10**9))
+        assert time.process_time() - before < 2, text[:20]
+
+
+ATTACK = '</textarea></div></script><script id=x>alert(1)</script><img src=x onerror=alert(1)>"\' onload="x\u2028<!--'
+
+
+class Elements(html.parser.HTMLParser):
+    """Every element of a page with its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, frozenset[str]]] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found.append((tag, frozenset(name for name, _ in attrs)))
+
+
+def elements(text: str) -> list[tuple[str, frozenset[str]]]:
+    """The elements of the page of a review in which everything that can be a text is this one."""
+    row = {"id": text, "score": -1.0, "verdict": None, "round": 0, "teacher_step": 1}
+    row["messages"] = [{"role": role, "content": text} for role in ("system", "user", "assistant")]
+    parser = Elements()
+    parser.feed(review_page.render(text, [row]))
+    return parser.found
+
+
+def test_what_is_said_is_no_markup_of_a_review_page() -> None:
+    assert elements(ATTACK) == elements("hi")
+
+
+def test_controls_of_a_terminal_are_not_obeyed_in_messages(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A name in somebody's archive, or what a chat template says it was, reaches the terminal as what it is."""
+
+    def fail(arguments: Any) -> None:
+        tokenizer_with(HARMLESS + "{{ raise_exception('\x1b]0;renamed\x07\x1b[2J\x9b31m') }}")
+
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(SystemExit):
+        command_line.run(fail)
+    told = capfd.readouterr().err
+    assert "renamed" in told and not set(told).intersection("\x1b\x07\x9b")
+
+
+HOSTILE = st.lists(
+    st.sampled_from(
+        ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|endofturn|>", "<|endoftext|>", "<", "|>", "s>", " "]
+    ),
+    min_size=1,
+    max_size=5,
+).map("".join)
+
+
+@given(system=HOSTILE, user=HOSTILE, reply=HOSTILE, prefix=HOSTILE)
+@settings(max_examples=50, deadline=None)
+@pytest.mark.parametrize("form", ["role_tokens", "end_of_text", "plain", "chat_template"])
+def test_no_system_turn_or_prefix_forges_a_control_token(
+    form: TemplateName, system: str, user: str, reply: str, prefix: str
+) -> None:
+    tokenizer = tokenizer_with(HARMLESS, form)
+    controls = {*tokenizer.end_ids, *tokenizer.suppressed_ids}
+
+    def found(*contents: str) -> list[list[int]]:
+        turns = [Turn(role, text) for role, text in zip(("system", "user", "assistant"), contents, strict=False)]
+        whole, prompt = Dialogue(tuple(turns)), Dialogue(tuple(turns[:2]))
+        encoded = tokenizer.encode(whole).tokens, tokenizer.encode_prompt(prompt, 10_000, contents[3]).tokens
+        return [[token for token in tokens.tolist() if token in controls] for tokens in encoded]
+
+    assert found(system, user, reply, prefix) == found("a", "a", "a", "a")
+
+
+def test_a_parquet_file_that_repeats_a_large_value_does_not_fill_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary holds it once, so that less than a kilobyte stands for a quarter of a gigabyte."""
+    pyarrow, written = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "rows.parquet"
+    repeated = pyarrow.DictionaryArray.from_arrays([0] * 256, ["x" * 2**20])
+    # Without Arrow's own description of the column, which would be read as a dictionary.
+    written.write_table(pyarrow.table({"text": repeated}), file, compression="zstd", store_schema=False)
+    assert file.stat().st_size < 10_000
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 2**23)
+    source = Source.model_validate({"path": str(file)})
+    rows = list(formats.read(source, "unlabeled", 1000))
+    assert [row.reason for row in rows if isinstance(row, formats.Rejected)] == ["turn too long"] * 256
+    assert pyarrow.default_memory_pool().max_memory() < 2**26

@@ -18,6 +18,8 @@ from ssl_jax.errors import UserError
 
 _MAGIC = b"PAR1"
 _BATCH_ROWS = 256
+# A value may be as large as all that is stored of its row group, and every row may have it, for a few bytes each.
+_BATCH_BYTES = 2**29
 
 
 def is_parquet(file: Path) -> bool:
@@ -43,7 +45,8 @@ def read(file: Path, source: Source, format: str | None) -> Iterator[Row | BadRo
     damage = (pyarrow.ArrowException, OSError, ValueError, OverflowError)
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
+        sizes = [(group.num_rows, group.total_byte_size) for group in groups]
     except damage as error:
         yield BadRow("not a Parquet file, or damaged", f"{error}"[:200].replace("\n", " "), 1)
         return
@@ -51,10 +54,11 @@ def read(file: Path, source: Source, format: str | None) -> Iterator[Row | BadRo
         columns = dict.fromkeys(table.schema_arrow.names)
         format = format or json_rows.format_of(columns) or "messages"
         number = 0
-        for group, rows in enumerate(groups):
+        for group, (rows, size) in enumerate(sizes):
             start = number
+            at_once = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(size, 1)))
             try:
-                for batch in table.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group]):
+                for batch in table.iter_batches(batch_size=at_once, row_groups=[group]):
                     for value in batch.to_pylist():
                         number += 1
                         yield attempt(number, lambda value=value, number=number: _row(number, value, format, source))
