@@ -16,6 +16,8 @@ from typing import IO, Literal
 
 import numpy as np
 
+from ssl_jax.errors import UserError
+
 Damage = Literal["flip", "truncate", "delete", "empty"]
 DAMAGES: tuple[Damage, ...] = ("flip", "truncate", "delete", "empty")
 
@@ -55,13 +57,12 @@ class Process:
       lines: what it has written so far.
     """
 
-    def __init__(self, command: Sequence[str], variables: Mapping[str, str], *, user: int | None = None) -> None:
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
         """Starts it.
 
         Args:
           command: program and arguments.
           variables: its environment.
-          user: number of the user as whom it runs; absent: this one.
         """
         self.lines: list[Line] = []
         self._started = time.monotonic()
@@ -73,8 +74,6 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            user=user,
-            group=user,
         )
         self._threads = [
             threading.Thread(target=self._read, args=pair, daemon=True)
@@ -225,14 +224,17 @@ def fill_disk(folder: Path, *, leave: int = 0) -> Path:
     return filler
 
 
-# Root may write everywhere; this user may not.
-NOBODY = 65534
+def without_privileges(command: Sequence[str]) -> list[str]:
+    """A command that obeys the permissions of files even as root, who owns them.
 
-
-def give_to(folder: Path, user: int) -> None:
-    """Makes a folder, with all in it, that of a user."""
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, user, user)
+    Raises:
+      UserError: util-linux's setpriv is missing.
+    """
+    if os.geteuid() != 0:
+        return list(command)
+    if shutil.which("setpriv") is None:
+        raise UserError("setpriv is missing; install util-linux, or run as another user than root")
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
 
 
 def set_writable(folder: Path, writable: bool) -> None:
@@ -241,13 +243,6 @@ def set_writable(folder: Path, writable: bool) -> None:
         # A file may go while the folder is walked.
         with contextlib.suppress(FileNotFoundError):
             path.chmod((0o755 if writable else 0o555) if path.is_dir() else (0o644 if writable else 0o444))
-
-
-def open_to_all(*folders: Path) -> None:
-    """Lets every user read and write what is in folders."""
-    for folder in folders:
-        for path in (folder, *folder.rglob("*")):
-            path.chmod(0o777 if path.is_dir() else 0o666)
 
 
 def _quiet(*command: str) -> None:
