@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,15 +186,12 @@ def can_mount() -> bool:
 
 
 def _try_mount() -> bool:
-    with contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            import tempfile
-
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            stack.enter_context(small_disk(Path(folder), 2**16))
+            with small_disk(Path(folder), 2**16):
+                return True
         except (OSError, subprocess.SubprocessError):
             return False
-        return True
 
 
 @contextlib.contextmanager
@@ -224,16 +222,21 @@ def fill_disk(folder: Path, *, leave: int = 0) -> Path:
     return filler
 
 
+def can_drop_privileges() -> bool:
+    """Whether `without_privileges` can make a command obey the permissions of files."""
+    return os.geteuid() != 0 or shutil.which("setpriv") is not None
+
+
 def without_privileges(command: Sequence[str]) -> list[str]:
     """A command that obeys the permissions of files even as root, who owns them.
 
     Raises:
       UserError: util-linux's setpriv is missing.
     """
+    if not can_drop_privileges():
+        raise UserError("setpriv is missing; install util-linux, or run as another user than root")
     if os.geteuid() != 0:
         return list(command)
-    if shutil.which("setpriv") is None:
-        raise UserError("setpriv is missing; install util-linux, or run as another user than root")
     return ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
 
 

@@ -60,10 +60,12 @@ class Workload:
     seconds: float
 
     @classmethod
-    def make(cls, folder: Path) -> Workload:
-        """Writes the data and runs it undisturbed, twice: what the first one compiles the second one finds.
+    def make(cls, folder: Path, *, compile_first: bool = True) -> Workload:
+        """Writes the data and runs it undisturbed, or finds what an earlier call left in the folder.
 
-        What an earlier call has left in the folder is found, whole or not.
+        Args:
+          folder: where.
+          compile_first: whether a run before it leaves it nothing to compile, as nothing is left to all others.
         """
         folder.mkdir(parents=True, exist_ok=True)
         done = folder / "workload.json"
@@ -74,7 +76,7 @@ class Workload:
             shutil.rmtree(folder / name, ignore_errors=True)
         tiny.write_all(folder)
         empty = cls(folder, [], 0.0)
-        for name in ("compiling", "undisturbed"):
+        for name in ("compiling", "undisturbed") if compile_first else ("undisturbed",):
             with empty.start(folder / name) as process:
                 if process.end(HANG_SECONDS) != 0:
                     raise RuntimeError("the undisturbed run failed:\n" + "\n".join(process.errors()[-20:]))
