@@ -58,7 +58,8 @@ def main(arguments: Sequence[str]) -> None:
                     break
                 trial = run(work, kind, number, options.seed)
                 results["trials"].setdefault(kind, {})[str(number)] = trial
-                files.write_json(path, {**results, **provenance()})
+                results |= provenance()
+                files.write_json(path, results)
                 print(f"{kind} {number}: {fault_table.line(trial)}", flush=True)
     print(fault_table.render(results))
 
