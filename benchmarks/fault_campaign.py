@@ -57,8 +57,8 @@ def main(arguments: Sequence[str]) -> None:
                 if until is not None and time.monotonic() > until:
                     break
                 trial = run(work, kind, number, options.seed)
-                results["trials"].setdefault(kind, {})[str(number)] = trial
                 results |= provenance()
+                results["trials"].setdefault(kind, {})[str(number)] = {"commit": results["commit"], **trial}
                 files.write_json(path, results)
                 print(f"{kind} {number}: {fault_table.line(trial)}", flush=True)
     print(fault_table.render(results))

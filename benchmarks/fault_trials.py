@@ -208,12 +208,15 @@ def stopped(work: Workload, place: Path, random: np.random.Generator, number: si
     with work.start(place) as process:
         process.wait_for_marks(after, HANG_SECONDS)
         time.sleep(delay)
-        process.send(number)
+        was_there = process.send(number)
         at = process.seconds()
         code = process.end(HANG_SECONDS)
         trial = {"at": round(at, 3), "ended_after": round(process.seconds() - at, 3)}
         trial |= {"phase": phase(process, place), "code": code, "said": process.errors()[-1:]}
         has_traceback = _TRACEBACK in "\n".join(process.errors())
+    if not was_there:  # it was faster than the undisturbed run: another moment
+        shutil.rmtree(place)
+        return stopped(work, place, random, number)
     allowed = (-int(number),) if number == signal.SIGKILL else (75,)
     trial["as_promised"] = code in (*allowed, 0) and not has_traceback
     return trial | go_on(work, place)
