@@ -364,7 +364,7 @@ def damaged_and_started_again(work: Workload, place: Path, random: np.random.Gen
         path = faults.choose_file(folder, random)
     how = faults.DAMAGES[int(random.integers(len(faults.DAMAGES)))]
     name = path.relative_to(place).as_posix()
-    trial = {"file": name, "what": faults.damage(path, how, random)}
+    trial: Trial = {"file": name, "what": faults.damage(path, how, random)}
     trial |= go_on(work, place)
     # Lines of a damaged log are gone; that is all.
     lost_lines = {path.name} if path.suffix == ".jsonl" else set()
