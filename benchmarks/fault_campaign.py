@@ -8,6 +8,8 @@ in the file of results already are not repeated, so that the campaign goes on wh
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import tempfile
 import time
@@ -31,6 +33,9 @@ class Options(Section):
     trials: int | None = Field(default=None, ge=1, description="Of each kind; absent: as many as the README asks for.")
     minutes: float | None = Field(default=None, gt=0, description="Begin no further trial after so long.")
     seed: int = Field(default=0, ge=0, description="Decides moments and bits.")
+    folder: str | None = Field(
+        default=None, description="Keep the undisturbed run here; absent: in a temporary folder."
+    )
     output: str = Field(default="benchmarks/results/fault_campaign.json", description="Where the results are.")
 
 
@@ -44,22 +49,25 @@ def main(arguments: Sequence[str]) -> None:
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     missing = _missing(results["trials"], options)
     if missing:
-        with tempfile.TemporaryDirectory(prefix="ssl_jax_faults_") as folder:
+        with contextlib.ExitStack() as stack:
+            folder = options.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="ssl_jax_faults_"))
             work = fault_trials.Workload.make(Path(folder))
             results["undisturbed_seconds"] = round(work.seconds, 2)
             for kind, number in missing:
                 if until is not None and time.monotonic() > until:
                     break
                 trial = run(work, kind, number, options.seed)
-                results["trials"].setdefault(kind, {})[str(number)] = trial
-                files.write_json(path, {**results, **provenance()})
+                results |= provenance()
+                results["trials"].setdefault(kind, {})[str(number)] = {"commit": results["commit"], **trial}
+                files.write_json(path, results)
                 print(f"{kind} {number}: {fault_table.line(trial)}", flush=True)
     print(fault_table.render(results))
 
 
 def run(work: fault_trials.Workload, kind: str, number: int, seed: int) -> fault_trials.Trial:
-    """One trial, in a folder of its own that goes when it went well."""
-    place = work.folder / f"{kind} {number}".replace(" ", "_")
+    """One trial, in a folder of its own."""
+    place = work.folder / re.sub(r"\W+", "_", f"{kind} {number}")
+    shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     trial = fault_trials.KINDS[kind].run(work, place, fault_trials.random_of(kind, number, seed))
     shutil.rmtree(place, ignore_errors=True)

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
+
+from ssl_jax.errors import UserError
 
 Damage = Literal["flip", "truncate", "delete", "empty"]
 DAMAGES: tuple[Damage, ...] = ("flip", "truncate", "delete", "empty")
@@ -55,13 +58,12 @@ class Process:
       lines: what it has written so far.
     """
 
-    def __init__(self, command: Sequence[str], variables: Mapping[str, str], *, user: int | None = None) -> None:
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
         """Starts it.
 
         Args:
           command: program and arguments.
           variables: its environment.
-          user: number of the user as whom it runs; absent: this one.
         """
         self.lines: list[Line] = []
         self._started = time.monotonic()
@@ -73,8 +75,6 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            user=user,
-            group=user,
         )
         self._threads = [
             threading.Thread(target=self._read, args=pair, daemon=True)
@@ -186,15 +186,12 @@ def can_mount() -> bool:
 
 
 def _try_mount() -> bool:
-    with contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            import tempfile
-
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            stack.enter_context(small_disk(Path(folder), 2**16))
+            with small_disk(Path(folder), 2**16):
+                return True
         except (OSError, subprocess.SubprocessError):
             return False
-        return True
 
 
 @contextlib.contextmanager
@@ -225,14 +222,22 @@ def fill_disk(folder: Path, *, leave: int = 0) -> Path:
     return filler
 
 
-# Root may write everywhere; this user may not.
-NOBODY = 65534
+def can_drop_privileges() -> bool:
+    """Whether `without_privileges` can make a command obey the permissions of files."""
+    return os.geteuid() != 0 or shutil.which("setpriv") is not None
 
 
-def give_to(folder: Path, user: int) -> None:
-    """Makes a folder, with all in it, that of a user."""
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, user, user)
+def without_privileges(command: Sequence[str]) -> list[str]:
+    """A command that obeys the permissions of files even as root, who owns them.
+
+    Raises:
+      UserError: util-linux's setpriv is missing.
+    """
+    if not can_drop_privileges():
+        raise UserError("setpriv is missing; install util-linux, or run as another user than root")
+    if os.geteuid() != 0:
+        return list(command)
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
 
 
 def set_writable(folder: Path, writable: bool) -> None:
@@ -241,13 +246,6 @@ def set_writable(folder: Path, writable: bool) -> None:
         # A file may go while the folder is walked.
         with contextlib.suppress(FileNotFoundError):
             path.chmod((0o755 if writable else 0o555) if path.is_dir() else (0o644 if writable else 0o444))
-
-
-def open_to_all(*folders: Path) -> None:
-    """Lets every user read and write what is in folders."""
-    for folder in folders:
-        for path in (folder, *folder.rglob("*")):
-            path.chmod(0o777 if path.is_dir() else 0o666)
 
 
 def _quiet(*command: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field
@@ -47,17 +48,22 @@ def render(results: Mapping[str, Any]) -> str:
 
 
 def rows(trials: Mapping[str, Mapping[str, Trial]]) -> Iterator[Sequence[str]]:
-    """A row for every kind, and one for all."""
+    """A row for every kind but that all ways of damaging the same files are one, and a row for all."""
+    grouped: dict[str, dict[str, list[Trial]]] = {}
     for kind, found in trials.items():
-        yield row(kind, list(found.values()))
-    yield row("**all**", [trial for found in trials.values() for trial in found.values()], places="")
+        title, _, how = kind.partition(": ")
+        grouped.setdefault(title, {})[how] = list(found.values())
+    for title, by_way in grouped.items():
+        merged = [trial for of_way in by_way.values() for trial in of_way]
+        yield row(title, merged, {how: len(of_way) for how, of_way in by_way.items() if how})
+    yield row("**all**", [trial for found in trials.values() for trial in found.values()])
 
 
-def row(title: str, trials: Sequence[Trial], places: str | None = None) -> tuple[str, ...]:
-    """What came of the trials of a kind."""
-    if places is None:
-        hits = collections.Counter(trial["phase"] for trial in trials if "phase" in trial)
-        places = ", ".join(f"{phase} {count}" for phase, count in hits.most_common())
+def row(title: str, trials: Sequence[Trial], hits: Mapping[str, int] = MappingProxyType({})) -> tuple[str, ...]:
+    """What came of the trials of a kind; `hits` says how they were distributed, if not over phases of a run."""
+    is_sum = title.startswith("**")
+    hits = hits or collections.Counter(trial["phase"] for trial in trials if "phase" in trial and not is_sum)
+    places = ", ".join(f"{place} {count}" for place, count in sorted(hits.items(), key=lambda pair: -pair[1]))
     compared = [trial for trial in trials if "differences" in trial]
     same = sum(not trial["differences"] for trial in compared)
     return (

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import re
 import shutil
 import signal
@@ -59,29 +60,46 @@ class Workload:
     seconds: float
 
     @classmethod
-    def make(cls, folder: Path) -> Workload:
-        """Writes the data and runs it undisturbed, twice: what the first one compiles the second one finds."""
+    def make(cls, folder: Path, *, compile_first: bool = True) -> Workload:
+        """Writes the data and runs it undisturbed, or finds what an earlier call left in the folder.
+
+        Args:
+          folder: where.
+          compile_first: whether a run before it leaves it nothing to compile, as nothing is left to all others.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        done = folder / "workload.json"
+        if done.is_file():
+            found = files.read_json(done)
+            return cls(folder, [faults.Line(**line) for line in found["marks"]], found["seconds"])
+        for name in ("undisturbed", "half"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         tiny.write_all(folder)
         empty = cls(folder, [], 0.0)
-        for name in ("compiling", "undisturbed"):
+        for name in ("compiling", "undisturbed") if compile_first else ("undisturbed",):
             with empty.start(folder / name) as process:
                 if process.end(HANG_SECONDS) != 0:
                     raise RuntimeError("the undisturbed run failed:\n" + "\n".join(process.errors()[-20:]))
                 marks, seconds = process.marks(), max(line.at for line in process.lines)
             if name == "compiling":
                 shutil.rmtree(folder / name)
+        files.write_json(done, {"marks": [dataclasses.asdict(line) for line in marks], "seconds": seconds})
         return cls(folder, marks, seconds)
 
     @functools.cached_property
     def half(self) -> Path:
         """Where a run was stopped in its second half, after its round; whoever damages it mends it."""
         place = self.folder / "half"
-        with self.start(place) as process:
+        if place.is_dir():
+            return place
+        making = place.with_name("half_made")
+        shutil.rmtree(making, ignore_errors=True)
+        with self.start(making) as process:
             process.wait_for("step 9/", HANG_SECONDS)
             process.send(signal.SIGTERM)
             if process.end(HANG_SECONDS) != 75:
                 raise RuntimeError("the run could not be stopped:\n" + "\n".join(process.errors()[-20:]))
-        return place
+        return making.rename(place)
 
     @functools.cached_property
     def half_states(self) -> dict[int, State]:
@@ -94,17 +112,35 @@ class Workload:
         """The work directory of the undisturbed run."""
         return self.folder / "undisturbed" / "run"
 
-    def start(
-        self, place: Path, variables: Mapping[str, str] | None = None, *, user: int | None = None
-    ) -> faults.Process:
-        """Starts the run in `place/run`, with its data prepared in `place/prepared`."""
+    def start(self, place: Path, variables: Mapping[str, str] | None = None, *, is_root: bool = True) -> faults.Process:
+        """Starts the run in `place/run`, with its data prepared in `place/prepared`.
+
+        Args:
+          place: where.
+          variables: of its environment, besides those that all runs have.
+          is_root: whether it may write everywhere if this process may.
+        """
         command = tiny.command(
             "train",
             *("--config", str(self.folder / "config.yaml"), "--workdir", str(place / "run")),
             *("--data.prepared-dir", str(place / "prepared")),
             *("--train.save-total-limit", str(SAVE_TOTAL_LIMIT)),
         )
-        return faults.Process(command, {**tiny.environment(), **(variables or {})}, user=user)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(tiny.ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        if not is_root:
+            command = faults.without_privileges(command)
+        return faults.Process(command, {**environment, **(variables or {})})
+
+    @property
+    def compiled(self) -> Path:
+        """Where runs keep what they compile."""
+        return self.folder / "compiled"
 
     def differences(self, workdir: Path) -> list[str]:
         """What of a finished run is not as in the undisturbed one."""
@@ -172,12 +208,15 @@ def stopped(work: Workload, place: Path, random: np.random.Generator, number: si
     with work.start(place) as process:
         process.wait_for_marks(after, HANG_SECONDS)
         time.sleep(delay)
-        process.send(number)
+        was_there = process.send(number)
         at = process.seconds()
         code = process.end(HANG_SECONDS)
         trial = {"at": round(at, 3), "ended_after": round(process.seconds() - at, 3)}
         trial |= {"phase": phase(process, place), "code": code, "said": process.errors()[-1:]}
         has_traceback = _TRACEBACK in "\n".join(process.errors())
+    if not was_there:  # it was faster than the undisturbed run: another moment
+        shutil.rmtree(place)
+        return stopped(work, place, random, number)
     allowed = (-int(number),) if number == signal.SIGKILL else (75,)
     trial["as_promised"] = code in (*allowed, 0) and not has_traceback
     return trial | go_on(work, place)
@@ -230,7 +269,7 @@ def go_on(work: Workload, place: Path, variables: Mapping[str, str] | None = Non
         saved = checkpoints.newest() or 0
     lost, starts, tracebacks, warnings = 0, 0, 0, []
     for starts in range(1, MOST_STARTS + 1):
-        with work.start(place, variables, user=user) as process:
+        with work.start(place, variables) as process:
             code = process.end(HANG_SECONDS)
             errors = process.errors()
         tracebacks += _TRACEBACK in "\n".join(errors)
@@ -325,7 +364,7 @@ def damaged_and_started_again(work: Workload, place: Path, random: np.random.Gen
         path = faults.choose_file(folder, random)
     how = faults.DAMAGES[int(random.integers(len(faults.DAMAGES)))]
     name = path.relative_to(place).as_posix()
-    trial = {"file": name, "what": faults.damage(path, how, random)}
+    trial: Trial = {"file": name, "what": faults.damage(path, how, random)}
     trial |= go_on(work, place)
     # Lines of a damaged log are gone; that is all.
     lost_lines = {path.name} if path.suffix == ".jsonl" else set()
@@ -365,16 +404,13 @@ def full_disk(work: Workload, place: Path, random: np.random.Generator) -> Trial
 
 
 def read_only(work: Workload, place: Path, random: np.random.Generator) -> Trial:
-    """Takes the right to write from the run's folders, as another user than root, and gives it back when it ended."""
+    """Takes the right to write from the run's folders and files, and gives it back when the run has ended."""
     moment = ("at the start", "between two starts", "amid the run")[int(random.integers(3))]
     if moment == "between two starts":
         shutil.copytree(work.half, place, dirs_exist_ok=True)
-    faults.open_to_all(work.folder, tiny.scratch())
-    faults.give_to(place, faults.NOBODY)
     if moment != "amid the run":
         faults.set_writable(place, False)
-    home = {"HOME": str(work.folder)}
-    with work.start(place, home, user=faults.NOBODY) as process:
+    with work.start(place, is_root=False) as process:
         if moment == "amid the run":
             after, delay = _moment(work, random)
             process.wait_for_marks(after, HANG_SECONDS)
@@ -383,7 +419,7 @@ def read_only(work: Workload, place: Path, random: np.random.Generator) -> Trial
         code = process.end(HANG_SECONDS)
         trial = {"phase": moment, "code": code} | _refusal(process, place, code)
     faults.set_writable(place, True)
-    return trial | go_on(work, place, home, user=faults.NOBODY)
+    return trial | go_on(work, place)
 
 
 def _refusal(process: faults.Process, place: Path, code: int | None) -> Trial:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -63,23 +62,16 @@ class Logbook:
             self._metrics = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
             # A lone surrogate becomes its JSON escape instead of an encoding error.
             self._samples = (workdir / "samples.jsonl").open("a", encoding="utf-8", errors="backslashreplace")
+
+            from ssl_jax.events import EventFile
+
+            self._events = EventFile(workdir / "tensorboard", resume_step + 1 if resume_step else 0)
         except OSError as error:
             raise UserError(f"{workdir}: cannot be written: {error.strerror}; name another --workdir") from None
         recorded = [line["time"] for line in kept if isinstance(line.get("time"), int | float)]
         self._started = time.monotonic() - max([resume_time, *recorded])
 
-        self._skipped = workdir / "skipped.jsonl"
-
-        from tensorboardX import SummaryWriter
-
-        self._tensorboard = SummaryWriter(
-            logdir=str(workdir / "tensorboard"),
-            # TensorBoard forgets the events that earlier files hold past the resumed step.
-            purge_step=resume_step + 1 if resume_step else 0,
-            # Files are named by the second: without more, a quick restart would overwrite the earlier one.
-            filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}",
-            flush_secs=10,
-        )
+        self._workdir = workdir
         self._total_steps = total_steps
         self._time_left = _TimeLeft(total_steps)
         self._view = _view(console, resume_step, total_steps)
@@ -106,11 +98,15 @@ class Logbook:
             number = int(value) if isinstance(value, numbers.Integral) else float(value)
             finite = math.isfinite(number)
             record[name] = number if finite else None
-            if finite:
-                self._tensorboard.add_scalar(name, number, step)
-            else:
+            if not finite:
                 record[f"{name}_nonfinite"] = str(number)
         self._append(self._metrics, record)
+        try:
+            for name in values:
+                if record[name] is not None:
+                    self._events.add(name, record[name], step)
+        except OSError as error:
+            raise _refused(error, self._workdir) from error
         words = describe(values)
         if "loss" not in values:
             self._view.say("  ".join([f"step {step}/{self._total_steps}", *words]))
@@ -138,11 +134,12 @@ class Logbook:
         if not self._primary:
             return
         record = {"step": step, "reason": reason, "dialogues": dict(dialogues)}
+        path = self._workdir / "skipped.jsonl"
         try:
-            with self._skipped.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 self._append(file, record)
         except OSError as error:
-            raise UserError(f"{self._skipped}: cannot be written: {error.strerror}") from error
+            raise _refused(error, path) from error
 
     def say(self, text: str) -> None:
         """Shows a line as it is, above the progress bar where there is one."""
@@ -161,12 +158,22 @@ class Logbook:
         return time.monotonic() - self._started
 
     def close(self) -> None:
-        """Flushes and closes everything; closing again does nothing."""
-        if self._primary:
-            self._view.close()
-            self._tensorboard.close()
-            self._metrics.close()
-            self._samples.close()
+        """Flushes and closes everything; closing again does nothing.
+
+        Raises:
+          UserError: what was still to be written cannot be.
+        """
+        if not self._primary:
+            return
+        self._view.close()
+        refused = None
+        for file in (self._events, self._metrics, self._samples):
+            try:
+                file.close()
+            except OSError as error:
+                refused = error
+        if refused is not None:
+            raise _refused(refused, self._workdir) from refused
 
     def __enter__(self) -> Logbook:
         return self
@@ -174,7 +181,12 @@ class Logbook:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except UserError:
+            # A disk that was full already is no news.
+            if error is None:
+                raise
 
     @staticmethod
     def _append(file: Any, record: Mapping[str, Any]) -> None:
@@ -182,7 +194,14 @@ class Logbook:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             file.flush()
         except OSError as error:
-            raise UserError(f"{file.name}: cannot be written: {error.strerror}") from error
+            raise _refused(error, file.name) from error
+
+
+def _refused(error: OSError, name: str | Path) -> UserError:
+    return UserError(
+        f"{name}: cannot be written: {error.strerror}\n"
+        "earlier checkpoints stand; make room or set permissions, then run the same command again"
+    )
 
 
 def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:

@@ -74,9 +74,10 @@ def claim(place: Place, config: Config) -> None:
         # A run that was killed while it sent a round to a bucket: the round is made again.
         if re.fullmatch(r"round_\d+", folder.name) and not (folder / "summary.json").is_file():
             shutil.rmtree(folder)
-    if _is_damaged(path):
-        _log.warning("%s is damaged; it is written again, and compared with what the checkpoints know of it", path)
-    elif path.is_file() and (directory / CHECKPOINTS).is_dir():
+    has_begun = (directory / CHECKPOINTS).is_dir()
+    if _is_damaged(path) or (has_begun and not path.is_file()):
+        _warn_of(path)
+    elif has_begun:
         differing = _differences(_flatten(read_yaml(path)), _flatten(config.model_dump(mode="json")))
         if differing:
             shown = "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
@@ -105,8 +106,7 @@ def claim_data(place: Place, summary: Mapping[str, Any]) -> None:
         if _read_data(path) is not None:
             check_data(place, summary)
             return
-        what = "is damaged" if path.exists() else "is not there"
-        _log.warning("%s %s; it is written again, and compared with what the checkpoints know of it", path, what)
+        _warn_of(path)
     with files.replacing(path) as stream:
         stream.write(manifest.encode(summary))
     place.push(DATA)
@@ -189,6 +189,11 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
         _log.warning("%s is damaged; it is made again", path)
         return None
     return summary
+
+
+def _warn_of(path: Path) -> None:
+    what = "is damaged" if path.exists() else "is not there"
+    _log.warning("%s %s; it is written again, and compared with what the checkpoints know of it", path, what)
 
 
 def _is_damaged(path: Path) -> bool:

@@ -6,8 +6,11 @@ import json
 import os
 import pty
 import re
+import resource
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from ssl_jax.errors import UserError
+from ssl_jax.events import EventFile
 from ssl_jax.logbook import Logbook, describe, format_count, format_duration
 
 ROOT = Path(__file__).parent.parent
@@ -45,16 +49,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def scalars(workdir: Path) -> list[tuple[str, int, float]]:
     """(tag, step, value) of every event file, in the order of writing."""
-    found = []
-    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
-        content = path.read_bytes()
-        position = 0
-        while position < len(content):
-            length = int.from_bytes(content[position : position + 8], "little")
-            event = Event.FromString(content[position + 12 : position + 12 + length])
-            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-            position += 12 + length + 4
-    return found
+    paths = sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    return [found for path in paths for found in scalars_of(path)]
+
+
+def scalars_of(path: Path) -> Iterator[tuple[str, int, float]]:
+    """(tag, step, value) of an event file."""
+    content = path.read_bytes()
+    position = 0
+    while position < len(content):
+        length = int.from_bytes(content[position : position + 8], "little")
+        event = Event.FromString(content[position + 12 : position + 12 + length])
+        yield from ((value.tag, event.step, value.simple_value) for value in event.summary.value)
+        position += 12 + length + 4
 
 
 def test_a_line_of_metrics_is_step_time_and_values(tmp_path: Path) -> None:
@@ -321,3 +328,46 @@ def test_numbers_are_rounded_for_people() -> None:
         "90 min",
         "3.2 h",
     ]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Files cannot grow beyond 4 KiB, as they could not on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events"])
+def test_a_disk_that_fills_ends_the_run_with_one_message_and_nothing_hangs(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whichever file it is that does not fit; what was written stays readable."""
+    with (
+        pytest.raises(UserError, match="cannot be written: File too large\nearlier checkpoints"),
+        monkeypatch.context() as patch,
+        Logbook(small_disk, resume_step=0, total_steps=10_000) as logbook,
+    ):
+        # The other file takes everything.
+        patch.setattr(*((EventFile, "add") if name == "metrics.jsonl" else (Logbook, "_append")), lambda *_: None)
+        for step in range(1, 10_000):
+            logbook.metrics(step, TRAIN)
+    with Logbook(small_disk, resume_step=1, total_steps=10_000) as logbook:
+        logbook.metrics(2, {"loss": 1.0})
+    assert list(scalars_of(max((small_disk / "tensorboard").iterdir()))) == [("loss", 2, 1.0)]
+
+
+def test_a_clock_that_was_turned_back_changes_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads event files in the order of their names, and forgets what a later one begins again."""
+    now = 2e9
+    monkeypatch.setattr(time, "time", lambda: now)
+    for number, jump in enumerate((0.0, -3600.0, 0.0, 7200.0)):
+        now += jump
+        with Logbook(tmp_path, resume_step=number, total_steps=50) as logbook:
+            logbook.metrics(number + 1, {"loss": float(number)})
+    monkeypatch.undo()
+    steps = []
+    for path in sorted((tmp_path / "tensorboard").iterdir()):
+        steps += [value for _, value, _ in scalars_of(path)]
+    assert steps == [1, 2, 3, 4]
