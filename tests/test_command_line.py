@@ -196,10 +196,10 @@ def test_what_a_user_can_get_wrong_is_said_in_one_line(arguments: list[str], say
         ("seed: 0x" + "f" * 20_000, "seed: Input should be less than 2147483648, got a number of 80000 bits"),
         ("train: {a.b: 1}\n", "train.a.b: unknown field"),
         ('"a\\nb": 1\n', "a\\nb: unknown field"),
-        ("x" * 50_000 + ": 1\n", "x…: unknown field"),
+        ("x" * 900 + ": 1\n", "x…: unknown field"),
         ("workdir: '" + "x" * 200_000 + "'\n", "workdir: a path has at most"),
         ("seed: [" + "0, " * 50_000 + "]\n", "seed: Input should be a valid integer, got [0, 0, 0, 0, 0, 0, ...]"),
-        ("#" * 300_000, "has more than 262,144 characters"),
+        ("#" * 300_000, "is larger than 262,144 characters"),
         ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 30)), "unknown field"),
         (
             "m0: &m0 {a: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}\n" for n in range(1, 60)),

@@ -36,8 +36,13 @@ def examples(count: int) -> settings:
     return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def outcome(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> str | None:
-    """None where the command is well, else what it says about exit code 2; anything else fails the test."""
+def outcome(
+    main: Callable[[Sequence[str]], None], arguments: Sequence[str], *, seconds: float = LONGEST_SECONDS
+) -> str | None:
+    """None where the command is well, else what it says about exit code 2; anything else fails the test.
+
+    So does one that takes more than so many seconds of the processor.
+    """
     said, started = io.StringIO(), time.process_time()
     with (
         mock.patch.object(sys, "argv", ["command", *arguments]),
@@ -46,9 +51,9 @@ def outcome(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> 
         pytest.raises(SystemExit) as ended,
     ):
         command_line.run(main)
-    message, seconds = said.getvalue(), time.process_time() - started
+    message, taken = said.getvalue(), time.process_time() - started
     assert ended.value.code in (0, 2), message
-    assert seconds < LONGEST_SECONDS, f"{seconds:.1f} s: {message}"
+    assert taken < seconds, f"{taken:.1f} s: {message}"
     if ended.value.code == 0:
         return None
     assert message.startswith("error: ") and message.endswith("\n")
