@@ -129,7 +129,9 @@ def _compare(command: Evaluate, directory: str, baseline: str) -> None:
     named = {"--workdir": directory, "--baseline": baseline, "--oracle": command.oracle}
     flags = f"--split {command.split}" + ("" if command.weights == "auto" else f" --weights {command.weights}")
     results = {
-        flag: comparison.read(flag, _pulled(name, command.file_name), command.file_name, flags)
+        flag: comparison.checked(
+            flag, comparison.read(flag, _pulled(name, command.file_name), command.file_name, flags)
+        )
         for flag, name in named.items()
         if name is not None
     }

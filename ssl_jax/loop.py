@@ -38,6 +38,7 @@ from ssl_jax.data.streams import Batches, Phase
 from ssl_jax.dialogue_model import DialogueModel
 from ssl_jax.errors import Preempted, TrainingDiverged
 from ssl_jax.evaluation import measure
+from ssl_jax.forecast import limits
 from ssl_jax.logbook import Logbook
 from ssl_jax.progress import Progress, Window
 from ssl_jax.pseudo_labels import rounds
@@ -76,6 +77,7 @@ class Run:
         self.teachers = teachers.load(config.distillation, config.train, prepared.tokenizer, self.mesh)
         shapes = {name: teacher.shape for name, teacher in self.teachers.items()}
         self.programs = programs.make(config, self.plan, self.shape, self.mesh, shapes)
+        limits.check(config, self.plan, self.shape, self.programs.abstract_state, self.mesh)
         self._key = jax.jit(jax.random.key, out_shardings=sharding.replicated(self.mesh))(config.seed)
         self.checkpoints = Checkpoints(
             self.place.path(workdir.CHECKPOINTS),

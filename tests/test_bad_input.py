@@ -47,6 +47,12 @@ def rewrite(config: Path, **sections: Mapping[str, Any]) -> None:
     tiny.write_config(config, {**values, **{name: {**values[name], **fields} for name, fields in sections.items()}})
 
 
+def test_cleaning_that_leaves_nothing(refused: Refused, config: Path) -> None:
+    rewrite(config, data={"cleaning": [{"step": "length", "min_turns": 99}]})
+    message = refused(train.main, "--config", str(config))
+    assert "nothing is left to train on; removed" in message and "let data.cleaning" in message
+
+
 def test_a_misspelled_file_suggests_the_one_beside_it(refused: Refused, config: Path) -> None:
     message = refused(train.main, "--config", str(config.with_name("confg.yaml")))
     assert "no such file" in message and f"did you mean {config}?" in message
@@ -73,6 +79,12 @@ def test_a_misspelled_file_suggests_the_one_beside_it(refused: Refused, config: 
             r"train\.unlabeled_ratio 0 and .* leave no rows.*--pseudo-labels\.rounds \[\]",
         ),
         (["--tokenizer.vocab-size", "10"], r"--tokenizer\.vocab.size: .*300"),
+        (["--tokenizer.name-or-path", "no//such"], r"tokenizer\.name_or_path: .*no//such"),
+        (["--model.n-embd", "65536", "--model.n-layer", "512"], r"GB on each device, .*model\.n_layer, n_embd"),
+        (
+            ["--train.per-device-train-batch-size", "65536", "--train.unlabeled-ratio", "1000"],
+            r"GB on each device, .*train\.per_device_train_batch_size, train\.unlabeled_ratio",
+        ),
         (["--seed=1", "train.steps", "3"], r"unexpected argument 'train\.steps'"),
     ],
 )

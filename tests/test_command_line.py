@@ -159,6 +159,17 @@ def test_former_names_are_answered_with_the_new_ones_as_keys_and_as_flags(name: 
         (["--data.labeled", "[{path:"], "--data.labeled: not valid YAML"),
         (["--pseudo_labels.rounds", "[0.5"], "--pseudo_labels.rounds: not valid YAML"),
         (["--data.labeled", "chats.jsonl"], "--data.labeled: Input should be a valid tuple"),
+        (["--data.labeled." + "9" * 5000 + ".path", "x"], "data.labeled is a list"),
+        (["--data.labeled.99999999999.path", "x"], "data.labeled is a list"),
+        (["--data.labeled.999.path", "x"], "the list has 0 elements"),
+        (["--data.labeled.\u0663.path", "x"], "data.labeled is a list"),
+        (["--data.labeled.-1.path", "x"], "data.labeled is a list"),
+        (["--nothing." + "9" * 5000, "x"], "--nothing: unknown field"),
+        (["--seed=1", "2"], "unexpected argument '2' behind --seed=1"),
+        (["x" * 5000], "unexpected argument 'xxx"),
+        (["--train.steps", "x" * 100_000], "--train.steps: Input should be a valid integer"),
+        (["--a\x1b[2J\nb", "x"], "--a\\x1b[2J\\nb: unknown field"),
+        (["--seed", "\udcff"], "--seed: Input should be a valid"),
         (["--data.labeled.0.path", "x", "--data.labeled.0.tfds", "y"], "names exactly one of path, dataset, tfds"),
     ],
 )
@@ -180,12 +191,34 @@ def test_what_a_user_can_get_wrong_is_said_in_one_line(arguments: list[str], say
         ("seed: " + "[" * 3000, "not valid YAML"),
         ("train: 3\n", "train: Input should be a valid dictionary"),
         ("!!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("seed: !!int ''\n", "not valid YAML"),
+        ("seed: !!bool x\n", "not valid YAML"),
+        ("seed: !!timestamp x\n", "not valid YAML"),
+        ("seed: 0x" + "f" * 20_000, "seed: Input should be less than 2147483648, got a number of 80000 bits"),
+        ("train: {a.b: 1}\n", "train.a.b: unknown field"),
+        ('"a\\nb": 1\n', "a\\nb: unknown field"),
+        ("x" * 900 + ": 1\n", "x…: unknown field"),
+        ("workdir: '" + "x" * 200_000 + "'\n", "workdir: a path has at most"),
+        ("seed: [" + "0, " * 50_000 + "]\n", "seed: Input should be a valid integer, got [0, 0, 0, 0, 0, 0, ...]"),
+        ("#" * 300_000, "is larger than 262,144 characters"),
+        ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 30)), "unknown field"),
+        (
+            "m0: &m0 {a: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}\n" for n in range(1, 60)),
+            "unknown",
+        ),
+        ("seed: {" + ", ".join(f"k{n}: 0" for n in range(15_000)) + "}\n", "seed: Input should be a valid integer"),
     ],
 )
 def test_a_bad_file_is_named_with_the_reason(text: str, says: str, yaml_file: Any) -> None:
     message = refused("--config", yaml_file(text))
     assert "run.yaml: " in message
     assert says in message
+    assert len(message) < 1200 and message.isprintable()
+
+
+def test_a_mapping_that_was_merged_before_it_was_built_repeats_no_key(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("w: &first {a: 1}\nx: &base {<<: *first, a: 2}\ny: {<<: *base, b: 3}\n")
+    assert read_yaml(tmp_path / "a.yaml")["y"] == {"a": 2, "b": 3}
 
 
 def test_merge_keys_of_yaml_still_override(tmp_path: Path) -> None:

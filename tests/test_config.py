@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import pytest
@@ -69,11 +69,78 @@ def test_a_value_beyond_its_bound_is_refused_and_the_field_named(path: str, kind
     assert path in {".".join(map(str, problem["loc"])) for problem in caught.value.errors()}
 
 
-@pytest.mark.parametrize("path", [path for path, field in fields(Config) if field.annotation in (int, float)])
-def test_every_number_has_a_bound_and_refuses_nan(path: str) -> None:
-    assert any(bounded == path for bounded, _, _ in BOUNDS)
-    with pytest.raises(pydantic.ValidationError):
-        Config.model_validate(with_defaults(path, math.nan))
+NUMBERS = [
+    path
+    for path, field in ALL_FIELDS.items()
+    if field.annotation in (int, float) or set(get_args(field.annotation)) in ({int, type(None)}, {float, type(None)})
+]
+
+
+@pytest.mark.parametrize("path", [path for path in NUMBERS if not path.startswith("data.labeled")])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, -(10**400)])
+def test_every_number_refuses_what_no_computer_holds(path: str, value: float) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        Config.model_validate(with_defaults(path, value))
+    assert path in {".".join(map(str, problem["loc"])) for problem in caught.value.errors()}
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_every_number_has_a_lower_and_an_upper_bound(path: str) -> None:
+    kinds = {kind for c in ALL_FIELDS[path].metadata for kind in ("ge", "gt", "le", "lt") if hasattr(c, kind)}
+    assert kinds & {"ge", "gt"} and kinds & {"le", "lt"}
+
+
+PATHS = ["workdir", "data.prepared_dir", "tokenizer.name_or_path", "model.init_from"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("", "the path is empty"),
+        (" ", "the path is empty"),
+        ("a\0b", "no control characters"),
+        ("a\nb", "no control characters"),
+        ("a/" + "b" * 256, "255 for each name"),
+        ("é" * 128, "255 for each name"),
+        ("a/" * 2048, "at most 4095 bytes"),
+    ],
+)
+def test_a_path_that_no_file_system_takes(path: str, value: str, says: str) -> None:
+    with pytest.raises(pydantic.ValidationError, match=says):
+        Config.model_validate(nested(path, value))
+
+
+def test_paths_of_sources_and_teachers_are_checked_too() -> None:
+    for values in ({"data": {"labeled": [{"path": "a\0"}]}}, {"distillation": {"teachers": ["ema", "a\0"]}}):
+        with pytest.raises(pydantic.ValidationError, match="no control characters"):
+            Config.model_validate(values)
+
+
+def test_a_bias_may_ban_a_token_and_has_bounds() -> None:
+    bias = {"evaluation": {"sampling": {"sequence_bias": {"a": -math.inf, "b": 1e6}}}}
+    assert Config.model_validate(bias).evaluation.sampling.sequence_bias["a"] == -math.inf
+    with pytest.raises(pydantic.ValidationError, match="sequence_bias of 'a'"):
+        Config.model_validate(nested("evaluation.sampling.sequence_bias", {"a": -1e7}))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("model.size", ["gpt2"], "model.size"),
+        ("data.cleaning", [{"step": "notices", "patterns": ["a{99999999999}"]}], "no regular expression"),
+        ("data.cleaning", [{"step": "bots", "speakers": ["(" * 5000]}], "no regular expression"),
+        ("data.cleaning", [10**5000], "a step is a name or a mapping"),
+        ("data.keep_if", [{"field": "turns", "equals": 10**5000}], "equals is a number below"),
+        ("evaluation.sampling.suppress_tokens", [10**5000], "suppress_tokens are token ids"),
+        ("pseudo_labels.rounds", [2.0] * 5000, "rounds are increasing fractions"),
+    ],
+)
+def test_a_value_that_no_code_behind_the_schema_expects(path: str, value: Any, says: str) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        Config.model_validate(nested(path, value))
+    text = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in caught.value.errors())
+    assert says in text and len(text) < 500
 
 
 @pytest.mark.parametrize(

@@ -185,9 +185,12 @@ def _build(
     data = config.data
     name = config.tokenizer.name_or_path
     wanted = config.tokenizer
-    pretrained = (
-        DialogueTokenizer.load(name, wanted.template, direction_tokens=wanted.direction_tokens) if name else None
-    )
+    try:
+        pretrained = (
+            DialogueTokenizer.load(name, wanted.template, direction_tokens=wanted.direction_tokens) if name else None
+        )
+    except UserError as error:
+        raise UserError(f"tokenizer.name_or_path: {error}") from None
     spooled = _spool(data, resolved, working / "spool", say)
     chosen = selection.select(spooled, data, config.seed)
     rejected = [*spooled.rejected, *chosen.rejected]
@@ -253,7 +256,10 @@ def _check(
         )
     if not len(chosen.rows["labeled_train"]):
         removed = ", ".join(f"{step} {count}" for step, count in chosen.removed.most_common())
-        raise UserError(f"data.labeled: nothing is left to train on; removed, unlabeled dialogues included: {removed}")
+        raise UserError(
+            f"data.labeled: nothing is left to train on; removed, unlabeled dialogues included: {removed or 'none'}\n"
+            "let data.cleaning and data.keep_if remove less, or lower data.test_size and data.dev_size"
+        )
 
 
 def _refuse_rejected(data: Data, rejected: Sequence[Rejected], read: int, path: Path) -> None:

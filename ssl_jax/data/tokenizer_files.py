@@ -14,6 +14,7 @@ from tokenizers import models
 
 from ssl_jax import files
 from ssl_jax.errors import UserError
+from ssl_jax.shown import shortened
 
 # Our own key in tokenizer_config.json; other tools ignore it.
 _TEMPLATE_KEY = "dialogue_template"
@@ -99,12 +100,17 @@ def _read_own(directory: Path, settings: Mapping[str, Any]) -> TokenizerFiles:
     for name in ("tokenizer.json", "chat_template.jinja"):
         if not (directory / name).is_file():
             raise UserError(f"{directory}: {name} is missing; copy the whole tokenizer directory")
-    return TokenizerFiles(
-        _read_backend(directory / "tokenizer.json"),
-        {name: settings[name] for name in _NAMED_TOKENS if settings.get(name)},
-        (directory / "chat_template.jinja").read_text(encoding="utf-8"),
-        settings[_TEMPLATE_KEY],
-    )
+    named = {name: settings[name] for name in _NAMED_TOKENS if settings.get(name)}
+    for name, value in (*named.items(), (_TEMPLATE_KEY, settings[_TEMPLATE_KEY])):
+        if not isinstance(value, str):
+            where = directory / "tokenizer_config.json"
+            raise UserError(f"{where}: {name} is a text, got {shortened(value)}; copy the tokenizer again")
+    template = directory / "chat_template.jinja"
+    try:
+        chat_template = template.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{template}: cannot be read: {error}; copy the tokenizer again") from None
+    return TokenizerFiles(_read_backend(directory / "tokenizer.json"), named, chat_template, settings[_TEMPLATE_KEY])
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:

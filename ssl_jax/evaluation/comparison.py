@@ -39,6 +39,20 @@ def read(flag: str, directory: str, name: str, flags: str) -> dict[str, Any]:
         ) from None
 
 
+def checked(flag: str, result: Any) -> dict[str, Any]:
+    """What `read` gives, if it is what `measure.full` has made.
+
+    Raises:
+      UserError: it is not.
+    """
+    if not _is_complete(result):
+        raise UserError(
+            f"{flag}: the eval_*.json of its work directory is damaged; make it again with python -m ssl_jax.evaluate "
+            "--workdir"
+        )
+    return result
+
+
 def compare(
     evaluation: Mapping[str, Any], baseline: Mapping[str, Any], oracle: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -80,3 +94,14 @@ def compare(
         floor, method, best = (one["dialogues"]["nll"] for one in (baseline, evaluation, oracle))
         result["gap_closed"] = dataclasses.asdict(metrics.gap_closed(floor, method, best, num_bytes))
     return result
+
+
+def _is_complete(result: Any) -> bool:
+    """Whether what a file holds has what is compared: a number of every dialogue, and metrics that are numbers."""
+    try:
+        dialogues, values = result["dialogues"], list(result["metrics"].values())
+        ids, numbers = dialogues["id"], [*values, *dialogues["nll"], *dialogues["bytes"]]
+        lengths = {len(ids), len(dialogues["nll"]), len(dialogues["bytes"])}
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return len(lengths) == 1 and bool(ids) and all(type(one) in (int, float) for one in numbers)
