@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from ssl_jax import checkpoint
 from ssl_jax.checkpoint import MANIFEST, Checkpoints
@@ -543,6 +544,25 @@ def test_a_failed_save_is_noticed_without_waiting_for_the_next_one(
         checkpoints.check()
     checkpoints.check()
     checkpoints.close()
+
+
+def test_a_run_ends_with_the_step_after_a_save_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a save after step 4; the next one would be after step 8."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def check(checkpoints: Checkpoints) -> None:
+        if checkpoints._pending is not None:
+            concurrent.futures.wait([checkpoints._pending[1]], 60)
+        noticed(checkpoints)
+
+    config, noticed = tiny.config_file(), Checkpoints.check
+    monkeypatch.setattr(checkpoint, "_write_manifest", refuse)
+    monkeypatch.setattr(Checkpoints, "check", check)
+    with pytest.raises(UserError, match="checkpoint 4 could not be written"):
+        tiny.run_train(config, tmp_path / "run")
+    assert max(line["step"] for line in tiny.metrics(tmp_path / "run")) == 4
 
 
 def test_one_of_several_processes_warns_at_once_and_stops_with_the_others(
