@@ -114,9 +114,9 @@ class Checkpoints:
             "meta": json.loads(json.dumps(dict(meta))),
             "items": {name: {path: _describe(leaf) for path, leaf in item.items()} for name, item in leaves.items()},
         }
-        if not _agree(lambda: self._why_saved(step)):
-            return
         try:
+            if not _agree(lambda: self._why_saved(step)):
+                return
             self._start_writing()
             import orbax.checkpoint as ocp
 
@@ -380,9 +380,12 @@ class Checkpoints:
 
     def _step_folders(self) -> list[int]:
         """Every folder named like a step, whatever is in it."""
-        if not self._directory.is_dir():
+        # Not asked whether it is there first: of a bucket that may not be read, the answer is no.
+        try:
+            names = [path.name for path in self._directory.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return [int(path.name) for path in self._directory.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)]
+        return [int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name)]
 
     def _path(self, step: int) -> Any:
         return self._directory / str(step)

@@ -30,7 +30,6 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 from ssl_jax import distributed, files
@@ -350,12 +349,11 @@ def identities_below(folder: Any) -> dict[str, str]:
         return _objects(store, store._strip_protocol(os.fspath(folder)), "")
     found = {}
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # it goes while we look
-            stat = path.stat()
-            if S_ISREG(stat.st_mode):
-                found[path.relative_to(folder).as_posix()] = (
-                    f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-                )
+        if path.is_file():
+            with contextlib.suppress(FileNotFoundError):  # it goes while we look
+                stat = path.stat()
+                identity = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+                found[path.relative_to(folder).as_posix()] = " ".join(map(str, identity))
     return found
 
 

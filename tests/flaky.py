@@ -29,7 +29,7 @@ class Flaky:
         """Serves nothing yet.
 
         Args:
-          bucket: `http://host:port` of what answers the other requests.
+          bucket: `http://host:port` of what answers the other requests; empty: nothing does, all are forbidden.
           every: of so many requests one fails; 0: none.
         """
         self.address = ""
@@ -88,6 +88,8 @@ class Flaky:
             handler.close_connection = True
         elif how:
             self._send(handler, 503, [], b"")
+        elif not self._bucket:
+            self._send(handler, 403, [], b'{"error": {"code": 403, "message": "tester may not do that"}}')
         else:
             self._pass_on(handler, content)
 

@@ -12,9 +12,11 @@ from ssl_jax.errors import UserError
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import checkpoint_overhead  # noqa: E402
 import memory  # noqa: E402
 import performance_table  # noqa: E402
 import scaling  # noqa: E402
+import soak  # noqa: E402
 import start_up  # noqa: E402
 import store  # noqa: E402
 import train_throughput  # noqa: E402
@@ -151,3 +153,53 @@ def test_versions_of_the_peers_packages_stand_beside_every_result(tmp_path):
     assert [result["value"] for result in written.values()] == ["one", "other"]
     assert written["one"]["versions"].keys() >= {"torch", "accelerate", "jax"}
     assert isinstance(written["one"]["gpus"], list)
+
+
+def test_checkpoint_overhead_of_all_kinds_of_saves(tmp_path, capsys):
+    options = ("--averaged", "true", "--saves", "2", "--rounds", "2", "--turn_seconds", "0.3")
+    written = run(checkpoint_overhead, tmp_path / "checkpoint_overhead.json", *options)
+    (result,) = written.values()
+    assert result["state_bytes"] == pytest.approx(4 * sum_of_parameters(result["workload"]) * 4, rel=0.03)
+    assert [turn["mode"] for turn in result["turns"]] == ["no saves", "Orbax alone", "ours"] * 2
+    assert all(turn["steps"] > 0 and turn["seconds"] >= 0.3 for turn in result["turns"])
+    for save in result["saves"]:
+        assert save["manifest_cpu"] > 0 and 0 < save["manifest"] < save["background"]
+    summary = result["summary"]
+    assert summary["blocked_seconds"]["min"] >= summary["call_seconds"]["min"] > 0
+    cpu = sorted(save["manifest_cpu"] for save in result["saves"])
+    assert summary["manifest_share_of_processors"] == pytest.approx(sum(cpu) / 2 / 0.3 / result["cores"])
+    assert summary["steps_ratio"].keys() == {"Orbax alone ÷ no saves", "ours ÷ no saves", "ours ÷ Orbax alone"}
+    assert "blocked: the call of save" in capsys.readouterr().out
+
+
+def sum_of_parameters(described: dict[str, Any]) -> int:
+    """Of a model whose tables are padded to a multiple of 128 words."""
+    width, words = described["n_embd"], -(-described["vocab_size"] // 128) * 128
+    return (words + described["n_positions"] + 12 * width * described["n_layer"]) * width
+
+
+def test_soak_sees_a_whole_run_from_outside(tmp_path, capsys):
+    output = tmp_path / "soak.json"
+    options = ("--logging_steps", "5", "--eval_steps", "200", "--save_steps", "100", "--rounds", "2")
+    soak.main(["--steps", "1200", *options, "--sample_seconds", "0.02", "--output", str(output)])
+    (result,) = json.loads(output.read_text()).values()
+    assert result["train_step_compilations"] == 1 and len(result["pseudo_accepted"]) == 2
+    rows = result["rows"]
+    assert list(rows)[:2] == ["resident memory, MB", "open files"]
+    assert rows["resident memory, MB"]["first"] > 100 and rows["open files"]["first"] >= 3
+    assert rows["records, bytes a step"]["last"] > 0
+    last = dict(zip(result["sample_fields"], result["samples"][-1], strict=True))
+    assert last["step"] > 1000 and last["cpu_seconds"] > 0
+    assert "resident memory, MB" in capsys.readouterr().out
+
+
+def test_tenths_show_what_grows_and_what_does_not():
+    grows = [{"step": step, "value": 100 + step / 100} for step in range(0, 1000, 10)]
+    tenths = soak.in_tenths(grows, lambda record: record["step"])
+    assert [len(tenth) for tenth in tenths] == [10] * 10
+    compared = soak.compare(soak.median_of(tenths, lambda record: record["value"]))
+    assert compared["change"] == pytest.approx(compared["last"] / compared["first"] - 1) == pytest.approx(9 / 100.45)
+    assert compared["trend"] == pytest.approx(9 / 104.95)
+    assert soak.compare([7.0] * 10) == {"first": 7.0, "last": 7.0, "change": 0.0, "trend": 0.0}
+    with pytest.raises(UserError, match="too few values for ten parts"):
+        soak.in_tenths(grows[:15], lambda record: record["step"])

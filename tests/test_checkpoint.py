@@ -1,6 +1,8 @@
 """Checkpoints: what is restored is what was saved, or it is not restored at all."""
 
+import concurrent.futures
 import errno
+import gc
 import os
 import re
 import resource
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from ssl_jax import manifest
 from ssl_jax.checkpoint import MANIFEST, Checkpoints
@@ -130,12 +134,119 @@ def test_arrays_may_be_donated_and_overwritten_as_soon_as_save_returns(tmp_path:
     assert_identical(checkpoints.restore(1, {"state": abstract(expected)})["state"], expected)
 
 
+def test_training_goes_on_in_the_memory_that_it_has_while_a_save_reads_its_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An array that somebody else holds cannot be given to a step for its results: it would take fresh memory."""
+    reads = threading.Event()
+    write = checkpoint._write_manifest
+    monkeypatch.setattr(checkpoint, "_write_manifest", lambda *a: (reads.wait(60), write(*a)))
+    checkpoints = Checkpoints(tmp_path)
+    bump = jax.jit(lambda array: array + 1, donate_argnums=0)
+    array = bump(jnp.zeros((1 << 20,), jnp.float32))
+    checkpoints.reserve({"state": array})
+    for step in (1, 2):
+        reads.clear()
+        place = array.unsafe_buffer_pointer()
+        checkpoints.save(step, {"state": {"w": array}}, {})
+        array = bump(array)
+        assert array.unsafe_buffer_pointer() == place
+        reads.set()
+    checkpoints.close()
+    saved = checkpoints.restore(2, {"state": {"w": jax.ShapeDtypeStruct(array.shape, array.dtype)}})
+    np.testing.assert_array_equal(saved["state"]["w"], np.full(1 << 20, 2, np.float32))
+
+
+def test_many_saves_leave_nothing_behind_in_the_process(tmp_path: Path) -> None:
+    """TensorStore never frees what it is asked of its metrics: tens of lists with every save."""
+
+    def count() -> int:
+        gc.collect()
+        return sum(type(found) is list for found in gc.get_objects())
+
+    checkpoints, counts = Checkpoints(tmp_path, save_total_limit=1), []
+    for step in range(1, 10):
+        checkpoints.save(step, make_items(step), {})
+        checkpoints.wait()
+        counts.append(count())
+    checkpoints.close()
+    assert counts[-1] - counts[3] < 20
+
+
 def test_meta_is_what_it_was_at_the_call(tmp_path: Path) -> None:
     meta = {"rounds": [1]}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_items(), meta)
     meta["rounds"].append(2)
     assert checkpoints.meta(1) == {"rounds": [1]}
+    checkpoints.close()
+
+
+@pytest.fixture
+def digested(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are read for their digests from now on."""
+    read: list[Path] = []
+    digest = checkpoint.files.digest
+    monkeypatch.setattr(checkpoint.files, "digest", lambda path: (read.append(path), digest(path))[1])
+    return read
+
+
+def declared(step: Path) -> list[Path]:
+    """What a manifest guards."""
+    return sorted(path for path in step.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def test_whoever_resumes_reads_a_step_once_for_its_digests(directory: Path, digested: list[Path]) -> None:
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.newest() == 20
+    assert sorted(digested) == declared(directory / "20")
+    checkpoints.restore(20, abstract(make_items(20)))
+    checkpoints.save(20, make_items(20), {})
+    assert sorted(digested) == declared(directory / "20"), "it has just verified, and looks as it did"
+
+
+def test_a_verdict_does_not_outlive_a_change_nor_a_minute(
+    directory: Path, digested: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.newest() == 20
+    damaged = next((directory / "20" / "params").glob("**/d/*"))
+    content = damaged.read_bytes()
+    overwrite(damaged, bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(UserError, match=damaged.name):
+        checkpoints.restore(20, abstract(make_items(20)))
+    overwrite(damaged, content)
+    assert checkpoints.newest() == 20
+    now = checkpoint.time.monotonic()
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now + 61)
+    digested.clear()
+    checkpoints.restore(20, abstract(make_items(20)))
+    assert sorted(digested) == declared(directory / "20")
+
+
+def test_a_save_reads_every_file_once_and_no_other_step(tmp_path: Path, digested: list[Path]) -> None:
+    checkpoints = Checkpoints(tmp_path, save_total_limit=2)
+    for step in (1, 2, 3, 4):
+        digested.clear()
+        checkpoints.save(step, make_items(step), {})
+        checkpoints.wait()
+        assert sorted(digested) == declared(tmp_path / str(step))
+    assert checkpoints.steps() == [3, 4]
+    checkpoints.close()
+
+
+def test_a_step_damaged_since_it_verified_pushes_no_good_one_out(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, save_total_limit=2)
+    for step in (1, 2):
+        checkpoints.save(step, make_items(step), {})
+    checkpoints.wait()
+    damaged = next((tmp_path / "2" / "params").glob("**/d/*"))
+    content = damaged.read_bytes()
+    overwrite(damaged, bytes([content[0] ^ 1]) + content[1:])
+    checkpoints.save(3, make_items(3), {})
+    assert checkpoints.steps() == [1, 2, 3]
+    corrupt_by("delete an item", tmp_path / "3")
+    assert checkpoints.newest() == 1
     checkpoints.close()
 
 
@@ -418,6 +529,64 @@ def test_a_manifest_that_cannot_be_written_is_reported(tmp_path: Path, monkeypat
         checkpoints.wait()
     checkpoints.wait()
     assert checkpoints.newest() is None
+
+
+def test_a_failed_save_is_noticed_without_waiting_for_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, writes = Checkpoints(tmp_path), threading.Event()
+
+    def refuse(*_: Any) -> None:
+        writes.wait(60)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", refuse)
+    checkpoints.check()
+    checkpoints.save(1, make_items(), {})
+    checkpoints.check()
+    writes.set()
+    assert checkpoints._pending is not None
+    concurrent.futures.wait([checkpoints._pending[1]], 60)
+    with pytest.raises(UserError, match=r"checkpoint 1 could not be written.*Input/output error"):
+        checkpoints.check()
+    checkpoints.check()
+    checkpoints.close()
+
+
+def test_a_run_ends_with_the_step_after_a_save_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a save after step 4; the next one would be after step 8."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def check(checkpoints: Checkpoints) -> None:
+        if checkpoints._pending is not None:
+            concurrent.futures.wait([checkpoints._pending[1]], 60)
+        noticed(checkpoints)
+
+    config, noticed = tiny.config_file(), Checkpoints.check
+    monkeypatch.setattr(checkpoint, "_write_manifest", refuse)
+    monkeypatch.setattr(Checkpoints, "check", check)
+    with pytest.raises(UserError, match="checkpoint 4 could not be written"):
+        tiny.run_train(config, tmp_path / "run")
+    assert max(line["step"] for line in tiny.metrics(tmp_path / "run")) == 4
+
+
+def test_one_of_several_processes_warns_at_once_and_stops_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint, "_write_manifest", lambda *_: [][1])
+    checkpoints.save(1, make_items(), {})
+    assert checkpoints._pending is not None
+    concurrent.futures.wait([checkpoints._pending[1]], 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        checkpoints.check()
+        checkpoints.check()
+    assert caplog.text.count("the run stops at the next save: list index out of range") == 1
+    with pytest.raises(IndexError):
+        checkpoints.wait()
 
 
 def test_a_bug_while_saving_stays_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

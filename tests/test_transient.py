@@ -92,3 +92,16 @@ def test_requests_that_fail_now_and_then_are_made_again(
             )
     assert printed == "all is there\n"
     assert min(flaky.failed["503"], flaky.failed["reset"]) > 5, flaky.failed
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_refusal_is_final(scheme: str, tmp_path: Path) -> None:
+    """Who may not does not ask again and again: the run would only end later."""
+    buckets.require(scheme)
+    with Flaky("", every=0).serving() as server:
+        url = f"{scheme}://{buckets.BUCKET}/run"
+        printed, seconds = run(REFUSED, url, buckets.environment(scheme, server.address), tmp_path)
+    lines = printed.splitlines()
+    assert len(lines) == 4 and all(line.startswith("refused: ") for line in lines), printed
+    assert max(server.asked.values()) <= 4, server.asked
+    assert seconds < 60
