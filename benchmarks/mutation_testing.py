@@ -70,7 +70,7 @@ TARGETS = {
     "ssl_jax/data/cleaning/masks.py": Target("filters", ("tests/test_cleaning_steps.py",)),
     "ssl_jax/pseudo_labels/candidates.py": Target("filters", ("tests/test_candidates.py",)),
     "ssl_jax/pseudo_labels/make.py": Target("filters", ("tests/test_pseudo_labels.py",)),
-    "ssl_jax/files.py": Target("manifest", ("tests/test_checkpoint.py",)),
+    "ssl_jax/files.py": Target("manifest", ("tests/test_files.py", "tests/test_checkpoint.py")),
     "ssl_jax/checkpoint.py": Target(
         "manifest",
         ("tests/test_checkpoint.py",),
