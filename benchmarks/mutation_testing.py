@@ -65,7 +65,7 @@ TARGETS = {
         ("tests/test_attention.py", "tests/test_packed_attention.py", "tests/test_rows_on_devices.py"),
         without={"_attend_by_cudnn": "runs on a GPU only"},
     ),
-    "ssl_jax/data/packing.py": Target("packing", ("tests/test_packing.py", "tests/test_directions.py")),
+    "ssl_jax/data/packing.py": Target("packing", ("tests/test_packing.py",)),
     "ssl_jax/data/cleaning/filters.py": Target("filters", ("tests/test_cleaning_steps.py",)),
     "ssl_jax/data/cleaning/masks.py": Target("filters", ("tests/test_cleaning_steps.py",)),
     "ssl_jax/pseudo_labels/candidates.py": Target("filters", ("tests/test_candidates.py",)),
