@@ -90,7 +90,11 @@ def test_the_mask_of_a_block_is_its_part_of_the_mask_of_all():
 
 def program(arrays, ids, **options) -> str:
     """What attention is made of, as JAX writes it."""
-    return str(jax.make_jaxpr(lambda *arrays: attention.attend_causally(*arrays, ids, SCALE, **options))(*arrays))
+
+    def attend(query, key, value):
+        return attention.attend_causally(query, key, value, ids, SCALE, **options)
+
+    return str(jax.make_jaxpr(attend)(*arrays))
 
 
 def test_rows_come_one_by_one_where_scores_are_larger_than_the_limit_and_there_are_several(monkeypatch):
@@ -138,14 +142,15 @@ def test_products_are_in_full_float32_only_when_asked():
     arrays, ids = packed_rows(5)
     arrays = [array.astype(jnp.bfloat16) for array in arrays]
     mask = attention.segment_mask(ids)
-    plain, upcast = ({}, {"upcast": True})
-    assert "HIGHEST" not in program(arrays, ids, **plain)
-    assert "HIGHEST" in program(arrays, ids, **upcast)
-    for options in (plain, upcast):
-        text = str(
-            jax.make_jaxpr(lambda *arrays, options=options: attention.attend(*arrays, mask, SCALE, **options))(*arrays)
-        )
-        assert ("HIGHEST" in text) == (options == upcast)
+    for upcast in (False, True):
+
+        def at_once(query, key, value, upcast=upcast):
+            return attention.attend(query, key, value, mask, SCALE, upcast=upcast)
+
+        assert ("HIGHEST" in program(arrays, ids, upcast=upcast)) == upcast
+        assert ("HIGHEST" in str(jax.make_jaxpr(at_once)(*arrays))) == upcast
+    assert "HIGHEST" not in program(arrays, ids)
+    assert "HIGHEST" not in str(jax.make_jaxpr(functools.partial(attention.attend, mask=mask, scale=SCALE))(*arrays))
 
 
 @pytest.mark.parametrize("large", [attention.LARGE, 0])
@@ -154,9 +159,10 @@ def test_a_row_s_number_decides_what_it_drops(monkeypatch, large):
     arrays, ids = packed_rows(64)
 
     def attend(order, numbers):
-        chosen = [array[jnp.array(order)] for array in (*arrays, ids)]
-        options = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
-        return attention.attend_causally(*chosen, SCALE, numbers_B=numbers, **options)
+        query, key, value, segment_ids = (array[jnp.array(order)] for array in (*arrays, ids))
+        return attention.attend_causally(
+            query, key, value, segment_ids, SCALE, dropout_rate=0.5, dropout_key=jax.random.key(0), numbers_B=numbers
+        )
 
     expected = attend([0, 1], None)
     np.testing.assert_array_equal(attend([0, 1], jnp.array([0, 1])), expected)
