@@ -50,7 +50,7 @@ def main() -> None:
     # And that it is slow says nothing, on a machine that does other things, too.
     slow = (hypothesis.HealthCheck.too_slow,)
     hypothesis.settings.register_profile(
-        "mutants", phases=phases, suppress_health_check=slow, database=None, derandomize=True
+        "mutants", phases=phases, suppress_health_check=slow, deadline=None, database=None, derandomize=True
     )
     hypothesis.settings.load_profile("mutants")
     options = ["-x", "-q", "-s", "-n", "0", "-p", "no:cacheprovider", "--tb=short", f"--basetemp={copy / 'temporary'}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import types
 from typing import Any
 
 import jax
@@ -87,8 +88,92 @@ def test_the_mask_of_a_block_is_its_part_of_the_mask_of_all():
     assert not whole[:, :, 20:33, 33:].any()
 
 
-def test_the_backward_pass_keeps_no_scores():
+def program(arrays, ids, **options) -> str:
+    """What attention is made of, as JAX writes it."""
+
+    def attend(query, key, value):
+        return attention.attend_causally(query, key, value, ids, SCALE, **options)
+
+    return str(jax.make_jaxpr(attend)(*arrays))
+
+
+def test_rows_come_one_by_one_where_scores_are_larger_than_the_limit_and_there_are_several(monkeypatch):
+    arrays, ids = packed_rows(64)
+    monkeypatch.setattr(attention, "LARGE", 4 * ROWS * HEADS * 64 * 64)
+    assert "scan" not in program(arrays, ids)
+    monkeypatch.setattr(attention, "LARGE", 4 * ROWS * HEADS * 64 * 64 - 1)
+    assert "scan" in program(arrays, ids)
+    assert "scan" not in program([array[:1] for array in arrays], ids[:1])
+
+
+def test_rows_come_one_by_one_on_a_single_cpu_only(monkeypatch):
+    """Others have the memory, and would wait for each row."""
+    arrays, ids = packed_rows(64)
+    monkeypatch.setattr(attention, "LARGE", 0)
+
+    def mesh(size: int, platform: str) -> Any:
+        return types.SimpleNamespace(size=size, devices=np.array([types.SimpleNamespace(platform=platform)] * size))
+
+    assert "scan" in program(arrays, ids, mesh=mesh(1, "cpu"))
+    for other in (mesh(2, "cpu"), mesh(1, "gpu"), mesh(1, "METAL")):
+        assert "scan" not in program(arrays, ids, mesh=other)
+    for platform in ("gpu", "METAL"):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert "scan" not in program(arrays, ids)
+
+
+@pytest.mark.parametrize(
+    ("length", "sizes"), [(60, [60]), (130, [64, 64, 2]), (1024, [128] * 8), (1025, [129] * 7 + [122])]
+)
+def test_blocks_are_at_least_64_long_and_at_most_8(monkeypatch, length, sizes):
+    arrays, ids = packed_rows(length)
+    attend, seen = attention.attend, []
+
+    def noting(query, *arguments, **options):
+        seen.append(query.shape[2])
+        return attend(query, *arguments, **options)
+
+    monkeypatch.setattr(attention, "attend", noting)
+    program(arrays, ids)
+    assert seen == sizes
+
+
+def test_products_are_in_full_float32_only_when_asked():
+    arrays, ids = packed_rows(5)
+    arrays = [array.astype(jnp.bfloat16) for array in arrays]
+    mask = attention.segment_mask(ids)
+    for upcast in (False, True):
+
+        def at_once(query, key, value, upcast=upcast):
+            return attention.attend(query, key, value, mask, SCALE, upcast=upcast)
+
+        assert ("HIGHEST" in program(arrays, ids, upcast=upcast)) == upcast
+        assert ("HIGHEST" in str(jax.make_jaxpr(at_once)(*arrays))) == upcast
+    assert "HIGHEST" not in program(arrays, ids)
+    assert "HIGHEST" not in str(jax.make_jaxpr(functools.partial(attention.attend, mask=mask, scale=SCALE))(*arrays))
+
+
+@pytest.mark.parametrize("large", [attention.LARGE, 0])
+def test_a_row_s_number_decides_what_it_drops(monkeypatch, large):
+    monkeypatch.setattr(attention, "LARGE", large)
+    arrays, ids = packed_rows(64)
+
+    def attend(order, numbers):
+        query, key, value, segment_ids = (array[jnp.array(order)] for array in (*arrays, ids))
+        return attention.attend_causally(
+            query, key, value, segment_ids, SCALE, dropout_rate=0.5, dropout_key=jax.random.key(0), numbers_B=numbers
+        )
+
+    expected = attend([0, 1], None)
+    np.testing.assert_array_equal(attend([0, 1], jnp.array([0, 1])), expected)
+    np.testing.assert_array_equal(attend([1, 0], jnp.array([1, 0])), expected[::-1])
+    assert np.any(attend([0, 1], jnp.array([7, 8])) != expected)
+
+
+@pytest.mark.parametrize("large", [attention.LARGE, 0])
+def test_the_backward_pass_keeps_no_scores(monkeypatch, large):
     """Of 1,024 tokens, what is saved is less than one head's scores."""
+    monkeypatch.setattr(attention, "LARGE", large)
     length = 1024
     arrays, ids = packed_rows(length)
 

@@ -4,7 +4,6 @@ import concurrent.futures
 import errno
 import gc
 import os
-import re
 import resource
 import shutil
 import signal
@@ -388,6 +387,7 @@ def test_a_damaged_item_does_not_hinder_the_others(directory: Path) -> None:
         ),
         (lambda items: items["params"].update(wte=jnp.zeros((7, 5), jnp.bfloat16)), "expected bfloat16[7,5]"),
         (lambda items: items.update(ema=jnp.zeros(3)), "has no item 'ema'; it has opt, params"),
+        (lambda items: items["params"].clear(), "leaf 'ln.f/scale' is in it, but not expected"),
     ],
 )
 def test_a_different_structure_is_named_leaf_by_leaf(
@@ -421,10 +421,62 @@ def test_an_evaluation_that_was_not_finite_is_never_the_best(tmp_path: Path) -> 
 
 
 def test_a_file_that_changed_its_size_is_reported_with_both(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with (directory / "20" / "_CHECKPOINT_METADATA").open("ab") as stream:
+    path = directory / "20" / "_CHECKPOINT_METADATA"
+    size = path.stat().st_size
+    with path.open("ab") as stream:
         stream.write(b"!")
     assert Checkpoints(directory).newest() == 10
-    assert re.search(r"_CHECKPOINT_METADATA has \d+ bytes instead of \d+", caplog.text)
+    assert f"_CHECKPOINT_METADATA has {size + 1} bytes instead of {size}\n" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_reported_with_the_reason(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = directory / "20" / "_CHECKPOINT_METADATA"
+    path.unlink()
+    path.mkdir()
+    assert Checkpoints(directory).newest() == 10
+    assert "_CHECKPOINT_METADATA cannot be read: Is a directory\n" in caplog.text
+
+
+BODY_OF_TODAY = {
+    "items": {"params": {"array": "uint8[10]"}},
+    "meta": {"position": 7, "name": "ä"},
+    "metric": 1.5,
+    "step": 3,
+}
+MANIFEST_OF_TODAY = r"""{
+ "files": {
+  "params/array": {
+   "bytes": 10,
+   "sha256": "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"
+  }
+ },
+ "items": {
+  "params": {
+   "array": "uint8[10]"
+  }
+ },
+ "meta": {
+  "name": "\u00e4",
+  "position": 7
+ },
+ "metric": 1.5,
+ "sha256": "c6860e5dd3588efc023e6b569d66ef165940ddb5b2da7fbe39cd9d6b00453383",
+ "step": 3
+}"""
+
+
+def test_a_manifest_of_today_is_good_tomorrow(tmp_path: Path) -> None:
+    """Its spelling is part of what is guarded, so that it must stay the same for checkpoints to stay readable."""
+    (tmp_path / "3" / "params").mkdir(parents=True)
+    (tmp_path / "3" / "params" / "array").write_bytes(b"0123456789")
+    (tmp_path / "3" / MANIFEST).write_text(MANIFEST_OF_TODAY, encoding="utf-8")
+    checkpoints = Checkpoints(tmp_path)
+    assert (checkpoints.newest(), checkpoints.best()) == (3, 3)
+    assert checkpoints.meta(3) == {"position": 7, "name": "ä"}
+    checkpoint._write_manifest(tmp_path / "3", {key: BODY_OF_TODAY[key] for key in reversed(BODY_OF_TODAY)})
+    assert (tmp_path / "3" / MANIFEST).read_text(encoding="utf-8") == MANIFEST_OF_TODAY
 
 
 def test_without_metrics_there_is_no_best(tmp_path: Path) -> None:
