@@ -436,7 +436,7 @@ def test_a_file_that_cannot_be_read_is_reported_with_the_reason(
     path.unlink()
     path.mkdir()
     assert Checkpoints(directory).newest() == 10
-    assert "_CHECKPOINT_METADATA cannot be read: Is a directory\n" in caplog.text
+    assert "_CHECKPOINT_METADATA cannot be read: it is a link that leads elsewhere, or no file\n" in caplog.text
 
 
 BODY_OF_TODAY = {

@@ -30,28 +30,27 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ssl_jax import checkpoint as checkpoints
 from ssl_jax import (
-    ,
-    )  # fmt: skip,
-    SOURCES = sorted(,
     command_line,
     compilation_cache,
     files,
-    from ssl_jax.config import Source, TemplateName, cleaning,
-    from ssl_jax.data import formats, named, store, template_renderer,
-    from ssl_jax.data.cleaning.apply import step_functions,
-    from ssl_jax.data.formats import Expected, parquet,
-    from ssl_jax.data.tokenizer import DialogueTokenizer,
-    from ssl_jax.dialogue import Dialogue, Turn,
-    from ssl_jax.errors import UserError,
-    from ssl_jax.pseudo_labels import rounds,
     huggingface,
     manifest,
-    path for folder in ("ssl_jax", "benchmarks", "launch", ".ci") for path in (tiny.ROOT / folder).rglob("*.py",
     review_page,
     storage,
     tensor_files,
     train,
-)
+)  # fmt: skip
+from ssl_jax.config import Source, TemplateName, cleaning
+from ssl_jax.data import formats, named, store, template_renderer
+from ssl_jax.data.cleaning.apply import step_functions
+from ssl_jax.data.formats import Expected, parquet
+from ssl_jax.data.tokenizer import DialogueTokenizer
+from ssl_jax.dialogue import Dialogue, Turn
+from ssl_jax.errors import UserError
+from ssl_jax.pseudo_labels import rounds
+
+SOURCES = sorted(
+    path for folder in ("ssl_jax", "benchmarks", "launch", ".ci") for path in (tiny.ROOT / folder).rglob("*.py")
 )
 # What makes objects of bytes by running what the bytes say.
 LOADERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
