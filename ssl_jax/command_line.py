@@ -140,6 +140,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def dump_yaml(values: dict[str, Any]) -> str:
+    """A configuration as YAML that `read_yaml` reads as the same values."""
+    return yaml.dump(values, Dumper=_ExactDumper, sort_keys=False, allow_unicode=True)
+
+
 def validate(schema: type[Schema], values: dict[str, Any], *, origin: str, flags: Collection[str] = ()) -> Schema:
     """Validates `values`; the first problem becomes a one-line UserError.
 
@@ -371,6 +376,18 @@ class _StrictLoader(yaml.SafeLoader):
         super().flatten_mapping(node)
         keys = [(key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key) for key, _ in node.value]
         node.value = list(dict(zip(keys, node.value, strict=True)).values())
+
+
+class _ExactDumper(yaml.SafeDumper):
+    """YAML that escapes the line breaks of Unicode, which would be read as line feeds."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    has_breaks = any(character in text for character in "\r\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if has_breaks else None)
+
+
+_ExactDumper.add_representer(str, _represent_text)
 
 
 def _load_yaml(text: str, *, origin: str) -> Any:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_jax.command_line import help_text, parse, read_yaml, run, validate
+from ssl_jax.command_line import dump_yaml, help_text, parse, read_yaml, run, validate
 from ssl_jax.config import FORMER_NAMES, Config, Source
 from ssl_jax.errors import Preempted, TrainingDiverged, UserError
 
@@ -219,6 +219,15 @@ def test_a_bad_file_is_named_with_the_reason(text: str, says: str, yaml_file: An
 def test_a_mapping_that_was_merged_before_it_was_built_repeats_no_key(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("w: &first {a: 1}\nx: &base {<<: *first, a: 2}\ny: {<<: *base, b: 3}\n")
     assert read_yaml(tmp_path / "a.yaml")["y"] == {"a": 2, "b": 3}
+
+
+@pytest.mark.parametrize(
+    "text", ["a\x85b", "a\u2028b", "\u2029", "a\r\nb", "你好 é", "\ufeff", "no", "1e3", " a\n\nb ", "\x1b"]
+)
+def test_a_configuration_is_read_as_it_was_written(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(dump_yaml({"x": [text], text: {"y": text}}), encoding="utf-8")
+    assert read_yaml(path) == {"x": [text], text: {"y": text}}
 
 
 def test_merge_keys_of_yaml_still_override(tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("path", [path for path in NUMBERS if not path.startswith("data.labeled")])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, -(10**400)])
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, 10**400, -(10**400)], ids=["nan", "inf", "-inf", "huge", "-huge"]
+)
 def test_every_number_refuses_what_no_computer_holds(path: str, value: float) -> None:
     with pytest.raises(pydantic.ValidationError) as caught:
         Config.model_validate(with_defaults(path, value))

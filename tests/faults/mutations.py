@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,28 +113,33 @@ _OPTIONAL: dict[str, Any] = {
 }
 
 
-def has(values: Any, path: tuple[str | int, ...]) -> bool:
+def keys(container: Any) -> Any:
+    """What leads into a mapping or a list."""
+    return container.keys() if isinstance(container, dict) else range(len(container))
+
+
+def has(values: Any, path: tuple[Any, ...]) -> bool:
     """Whether the group or list at a path is there."""
     for part in path:
-        if not (part in values if isinstance(values, dict) else isinstance(values, list) and len(values) > int(part)):
+        if not isinstance(values, dict | list) or part not in keys(values):
             return False
         values = values[part]
     return isinstance(values, dict | list)
 
 
-def put(values: dict[str, Any], path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
+def put(values: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
     """A copy of `values` with another value at a path; what is not there on the way is made."""
     values = copy.deepcopy(values)
     container: Any = values
     for part, following in itertools.pairwise(path):
         wanted = list if isinstance(following, int) else dict
-        if isinstance(container, list) and not container:
+        if container == []:
             container.append(wanted())
-        nested = container[part] if isinstance(container, list) else container.get(part)
+        nested = container[part] if part in keys(container) else None
         if not isinstance(nested, wanted):
             container[part] = nested = wanted()
         container = nested
-    if isinstance(container, list) and not container:
+    if container == []:
         container.append(None)
     container[path[-1]] = value
     return values
@@ -256,7 +261,7 @@ def flag_words(draw: st.DrawFn, field: Field) -> list[str]:
     return words
 
 
-def spelled(draw: st.DrawFn, field: Field) -> str:
+def spelled(draw: Callable[[Any], Any], field: Field) -> str:
     """A flag's name, with places in lists that may be far away, in kebab or in snake case."""
     places = st.sampled_from(["0", "1", "-1", "7", "99999999999", "9" * 5000, "٣", "²", "0x0", "", "00"])
     parts = [draw(places) if isinstance(part, int) else part for part in field.path]
