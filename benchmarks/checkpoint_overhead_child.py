@@ -24,7 +24,7 @@ import numpy as np
 from train_ours import Training
 from workload import Workload
 
-from ssl_jax import checkpoint, files, run_state
+from ssl_jax import files, manifest, run_state
 from ssl_jax.checkpoint import Checkpoints
 
 _LIMIT_BYTES = 2**28
@@ -141,7 +141,7 @@ def manifest_clock() -> Iterator[Clock]:
         return run
 
     with (
-        mock.patch.object(checkpoint, "_write_manifest", timed(checkpoint._write_manifest)),
+        mock.patch.object(manifest, "write", timed(manifest.write)),
         mock.patch.object(Checkpoints, "_delete_superfluous", timed(Checkpoints._delete_superfluous)),
     ):
         yield clock

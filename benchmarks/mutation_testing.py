@@ -87,13 +87,11 @@ TARGETS = {
             "Checkpoints._check_structure",
             "_leaves_by_path",
             "_describe",
-            "_write_manifest",
-            "_encode",
-            "_digests",
             "_read_manifest",
             "_problem",
         ),
     ),
+    "ssl_jax/manifest.py": Target("manifest", ("tests/test_manifest.py", "tests/test_checkpoint.py")),
 }
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ssl_jax import manifest
+from ssl_jax import checkpoint, manifest
 from ssl_jax.checkpoint import MANIFEST, Checkpoints
 from ssl_jax.errors import UserError
 
@@ -138,8 +138,8 @@ def test_training_goes_on_in_the_memory_that_it_has_while_a_save_reads_its_copie
 ) -> None:
     """An array that somebody else holds cannot be given to a step for its results: it would take fresh memory."""
     reads = threading.Event()
-    write = checkpoint._write_manifest
-    monkeypatch.setattr(checkpoint, "_write_manifest", lambda *a: (reads.wait(60), write(*a)))
+    write = manifest.write
+    monkeypatch.setattr(manifest, "write", lambda *a: (reads.wait(60), write(*a)))
     checkpoints = Checkpoints(tmp_path)
     bump = jax.jit(lambda array: array + 1, donate_argnums=0)
     array = bump(jnp.zeros((1 << 20,), jnp.float32))
@@ -436,7 +436,7 @@ def test_a_file_that_cannot_be_read_is_reported_with_the_reason(
     path.unlink()
     path.mkdir()
     assert Checkpoints(directory).newest() == 10
-    assert "_CHECKPOINT_METADATA cannot be read: Is a directory\n" in caplog.text
+    assert "_CHECKPOINT_METADATA cannot be read: it is a link that leads elsewhere, or no file\n" in caplog.text
 
 
 BODY_OF_TODAY = {
@@ -475,7 +475,7 @@ def test_a_manifest_of_today_is_good_tomorrow(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     assert (checkpoints.newest(), checkpoints.best()) == (3, 3)
     assert checkpoints.meta(3) == {"position": 7, "name": "ä"}
-    checkpoint._write_manifest(tmp_path / "3", {key: BODY_OF_TODAY[key] for key in reversed(BODY_OF_TODAY)})
+    manifest.write(tmp_path / "3", {key: BODY_OF_TODAY[key] for key in reversed(BODY_OF_TODAY)})
     assert (tmp_path / "3" / MANIFEST).read_text(encoding="utf-8") == MANIFEST_OF_TODAY
 
 
@@ -592,7 +592,7 @@ def test_a_failed_save_is_noticed_without_waiting_for_the_next_one(
         writes.wait(60)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", refuse)
+    monkeypatch.setattr(manifest, "write", refuse)
     checkpoints.check()
     checkpoints.save(1, make_items(), {})
     checkpoints.check()
@@ -617,7 +617,7 @@ def test_a_run_ends_with_the_step_after_a_save_that_failed(tmp_path: Path, monke
         noticed(checkpoints)
 
     config, noticed = tiny.config_file(), Checkpoints.check
-    monkeypatch.setattr(checkpoint, "_write_manifest", refuse)
+    monkeypatch.setattr(manifest, "write", refuse)
     monkeypatch.setattr(Checkpoints, "check", check)
     with pytest.raises(UserError, match="checkpoint 4 could not be written"):
         tiny.run_train(config, tmp_path / "run")
@@ -628,7 +628,7 @@ def test_one_of_several_processes_warns_at_once_and_stops_with_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(checkpoint, "_write_manifest", lambda *_: [][1])
+    monkeypatch.setattr(manifest, "write", lambda *_: [][1])
     checkpoints.save(1, make_items(), {})
     assert checkpoints._pending is not None
     concurrent.futures.wait([checkpoints._pending[1]], 60)

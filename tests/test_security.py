@@ -34,6 +34,7 @@ from ssl_jax import (
     compilation_cache,
     files,
     huggingface,
+    manifest,
     review_page,
     storage,
     tensor_files,
@@ -281,7 +282,7 @@ def checkpoint(folder: Path) -> tuple[checkpoints.Checkpoints, Path]:
 def forge(step: Path, /, **changes: Any) -> None:
     """Changes a manifest as somebody does who knows that it has a digest of itself."""
     body = {**checkpoints._read_manifest(step), **changes}
-    (step / "manifest.json").write_bytes(checkpoints._encode(body))
+    (step / "manifest.json").write_bytes(manifest.encode(body))
 
 
 @pytest.mark.parametrize("name", ["../secret", "/dev/zero", "params/../../../secret", "", ".", "params/..", "a\0b"])
