@@ -51,12 +51,13 @@ def main(arguments: Sequence[str]) -> None:
         with contextlib.ExitStack() as stack:
             folder = options.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="ssl_jax_faults_"))
             work = fault_trials.Workload.make(Path(folder))
+            measured_on = {**provenance(), "undisturbed_seconds": round(work.seconds, 2)}
             for kind, number in missing:
                 if until is not None and time.monotonic() > until:
                     break
                 trial = run(work, kind, number, options.seed)
                 # Another campaign may have written meanwhile.
-                results = {**_read(path), **provenance(), "undisturbed_seconds": round(work.seconds, 2)}
+                results = {**_read(path), **measured_on}
                 results["trials"].setdefault(kind, {})[str(number)] = {"commit": results["commit"], **trial}
                 files.write_json(path, results)
                 print(f"{kind} {number}: {fault_table.line(trial)}", flush=True)
