@@ -45,23 +45,27 @@ def main(arguments: Sequence[str]) -> None:
         Options, arguments, program="python benchmarks/fault_campaign.py", summary=(__doc__ or "").strip()
     )
     path = Path(options.output)
-    results: dict[str, Any] = files.read_json(path) if path.exists() else {"trials": {}}
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    missing = _missing(results["trials"], options)
+    missing = _missing(_read(path)["trials"], options)
     if missing:
         with contextlib.ExitStack() as stack:
             folder = options.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="ssl_jax_faults_"))
             work = fault_trials.Workload.make(Path(folder))
-            results["undisturbed_seconds"] = round(work.seconds, 2)
+            measured_on = {**provenance(), "undisturbed_seconds": round(work.seconds, 2)}
             for kind, number in missing:
                 if until is not None and time.monotonic() > until:
                     break
                 trial = run(work, kind, number, options.seed)
-                results |= provenance()
+                # Another campaign may have written meanwhile.
+                results = {**_read(path), **measured_on}
                 results["trials"].setdefault(kind, {})[str(number)] = {"commit": results["commit"], **trial}
                 files.write_json(path, results)
                 print(f"{kind} {number}: {fault_table.line(trial)}", flush=True)
-    print(fault_table.render(results))
+    print(fault_table.render(_read(path)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return files.read_json(path) if path.exists() else {"trials": {}}
 
 
 def run(work: fault_trials.Workload, kind: str, number: int, seed: int) -> fault_trials.Trial:

@@ -7,6 +7,7 @@ resume. People read stderr: a progress bar on a terminal, one line per logged st
 from __future__ import annotations
 
 import json
+import logging
 import math
 import numbers
 import sys
@@ -21,6 +22,9 @@ from ssl_jax.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_log = logging.getLogger(__name__)
 
 
 class Logbook:
@@ -212,7 +216,10 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     content = path.read_bytes()
-    lines = [line for raw in content.splitlines() if (line := _parse(raw)) is not None]
+    parsed = [_parse(raw) for raw in content.splitlines()]
+    lines = [line for line in parsed if line is not None]
+    if damaged := parsed[:-1].count(None):  # the last one is what a kill cuts off
+        _log.warning("%s: %d damaged lines are left out", path, damaged)
     kept = [line for line in lines if line["step"] <= step] if step else []
     rewritten = b"".join(
         json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n" for line in kept

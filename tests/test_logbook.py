@@ -157,6 +157,17 @@ def test_a_line_that_a_kill_cut_off_is_dropped(torn: bytes, tmp_path: Path) -> N
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [10, 20, 30]
 
 
+def test_damaged_lines_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They are gone, but the run goes on."""
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 10, "time": 1.0}\n{"step": 20, "ti\xede": 2.0}\n{"step": 30, "t'
+    )
+    with Logbook(tmp_path, resume_step=30, total_steps=50) as logbook:
+        logbook.metrics(40, {"loss": 1.0})
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [10, 40]
+    assert caplog.messages == [f"{tmp_path / 'metrics.jsonl'}: 1 damaged lines are left out"]
+
+
 def test_a_last_line_without_its_newline_is_not_glued_to_the_next(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 10, "time": 1.0}')
     with Logbook(tmp_path, resume_step=20, total_steps=50) as logbook:
