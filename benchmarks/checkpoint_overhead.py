@@ -97,10 +97,11 @@ def measure(work: Workload, options: Options) -> dict[str, Any]:
 
 
 def summarize(measured: Mapping[str, Any], turn_seconds: float) -> dict[str, Any]:
-    """What the issue is about.
+    """The figures that matter to whoever trains.
 
     Returns:
-      `blocked_seconds` (spread over saves: the call, and the delay of the step after it), `bytes`,
+      `bytes`, `blocked_seconds` (spread over saves: the call, and the delay of the step after it), `call_seconds`,
+      `call_processor_seconds` (what the call took of all cores, whatever else the machine was busy with),
       `manifest_share_of_processors` (processor time of manifest and retention ÷ that of all cores between two saves),
       `manifest_share_of_wall`, `verification_seconds`; with turns also `steps_ratio` and `processor_ratio`, each a
       spread over rounds by pair of modes: steps per second, and processor time per step.
@@ -112,6 +113,7 @@ def summarize(measured: Mapping[str, Any], turn_seconds: float) -> dict[str, Any
             [one["call"] + max(0.0, one["next_step"] - measured["step_seconds"]) for one in saves]
         ),
         "call_seconds": spread([one["call"] for one in saves]),
+        "call_processor_seconds": spread([one["call_cpu"] for one in saves]),
         "manifest_share_of_processors": statistics.median(one["manifest_cpu"] for one in saves)
         / (turn_seconds * measured["cores"]),
         "manifest_share_of_wall": statistics.median(one["manifest"] for one in saves) / turn_seconds,
@@ -142,6 +144,7 @@ def report(title: str, measured: Mapping[str, Any], summary: Mapping[str, Any]) 
     rows = [
         ("blocked: the call of save", median("call"), size / limits["copy_bytes_per_second"]),
         ("blocked: longest call", summary["call_seconds"]["max"], size / limits["copy_bytes_per_second"]),
+        ("blocked: processor time of the call", median("call_cpu"), size / limits["copy_bytes_per_second"]),
         ("delay of the next step", median("next_step") - measured["step_seconds"], 0.0),
         ("in the background, all of it", median("background"), file_size / limits["write_bytes_per_second"]),
         ("manifest, wall time", median("manifest"), file_size / limits["sha256_bytes_per_second"]),
@@ -150,9 +153,9 @@ def report(title: str, measured: Mapping[str, Any], summary: Mapping[str, Any]) 
         ("restore() after it", median("restore", restores), 0.0),
     ]
     lines = [f"{title}: {size / 1e9:.2f} GB, files {file_size / 1e9:.2f} GB, step {measured['step_seconds']:.2f} s"]
-    lines += [f"{'seconds, median':<34}{'measured':>10}{'limit':>10}"]
-    lines += [f"{name:<34}{value:>10.3f}{f'{limit:.3f}' if limit else '–':>10}" for name, value, limit in rows]
-    lines += [f"{'manifest, share of all cores':<34}{summary['manifest_share_of_processors']:>10.2%}"]
+    lines += [f"{'seconds, median':<38}{'measured':>10}{'limit':>10}"]
+    lines += [f"{name:<38}{value:>10.3f}{f'{limit:.3f}' if limit else '–':>10}" for name, value, limit in rows]
+    lines += [f"{'manifest, share of all cores':<38}{summary['manifest_share_of_processors']:>10.2%}"]
     for name, words in (("steps_ratio", "steps per second"), ("processor_ratio", "processor time per step")):
         for pair, found in summary.get(name, {}).items():
             lines.append(f"{words + ', ' + pair:<52}{found['median']:>8.4f}  ({found['min']:.4f} … {found['max']:.4f})")

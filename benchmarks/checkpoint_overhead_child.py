@@ -108,14 +108,15 @@ def time_saves(training: Training, folder: Path, count: int) -> Iterator[dict[st
     checkpoints.reserve(run_state.items(training.state))
     for _ in range(count):
         with manifest_clock() as clock:
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             save(checkpoints, training)
-            called = time.perf_counter()
+            called, cpu = time.perf_counter(), time.process_time() - cpu
             next_step = training.take(1)["seconds"]
             checkpoints.wait()
             ended = time.perf_counter()
         yield {
             "call": called - started,
+            "call_cpu": cpu,
             "next_step": next_step,
             "background": ended - called,
             "manifest": clock.wall,

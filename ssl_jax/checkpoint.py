@@ -88,7 +88,9 @@ class Checkpoints:
 
     def reserve(self, items: Mapping[str, PyTree]) -> None:
         """Takes the memory that a save of such items copies them to, so that the first one need not wait for it."""
-        self._staging.copy({name: _leaves_by_path(item) for name, item in items.items()})
+        import jax
+
+        jax.block_until_ready(self._staging.copy({name: _leaves_by_path(item) for name, item in items.items()}))
 
     def save(
         self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any], *, metric: float | None = None

@@ -32,7 +32,7 @@ class Staging:
         leaves, structure = jax.tree.flatten(tree)
         places = [number for number, leaf in enumerate(leaves) if _is_on_host(leaf)]
         originals = [leaves[number] for number in places]
-        if list(map(_kind, originals)) != list(map(_kind, self._copies)):
+        if len(originals) != len(self._copies) or not all(map(_fits, self._copies, originals)):
             self._copies = [original.copy() for original in originals]
         copies, self._copies = self._copies, []
         self._copies = _overwritten(copies, originals)
@@ -51,8 +51,11 @@ def _is_on_host(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and all(device.platform == "cpu" for device in leaf.sharding.device_set)
 
 
-def _kind(array: Any) -> Any:
-    return array.shape, array.dtype, array.sharding
+def _fits(copy: Any, original: Any) -> bool:
+    """Whether one can be overwritten by the other; the same layout may be spelled in several ways."""
+    return (copy.shape, copy.dtype) == (original.shape, original.dtype) and copy.sharding.is_equivalent_to(
+        original.sharding, original.ndim
+    )
 
 
 def _overwritten(copies: Sequence[Any], originals: Sequence[Any]) -> list[Any]:
