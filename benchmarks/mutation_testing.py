@@ -2,11 +2,12 @@
 
     python benchmarks/mutation_testing.py
     python benchmarks/mutation_testing.py --modules ssl_jax/losses.py --again survived
+    python benchmarks/mutation_testing.py --modules
 
 Every mutant of a module (see `mutants.py`) is given to the test files that guard it, until one test fails. What was
 found is in the output file at once, so that an interrupted run goes on where it stopped; a module that has changed is
-begun anew. A mutant that no test can kill, since the program means the same, stands with a reason in
-`equivalent_mutants.json`. Needs the extra `mutation`.
+begun anew. Without a module, only the table is printed. A mutant that no test can kill, since the program means the
+same, stands with a reason in `equivalent_mutants.json`. Needs the extra `mutation`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mutants import Drawn, Mutant, draw
+from mutants import Drawn, draw
 from provenance import provenance
 from pydantic import Field
 
@@ -122,7 +123,9 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(options.output)
     for path in options.modules:
         test_module(path, options, output, ends)
-    print(report(_results(output)))
+    results = _results(output)
+    files.write_json(output, results)
+    print(report(results))
 
 
 def test_module(path: str, options: Options, output: Path, ends: float) -> None:
@@ -148,8 +151,8 @@ def test_module(path: str, options: Options, output: Path, ends: float) -> None:
                 outcomes[mutant.key] = OUTCOMES[test(mutant.source, options.seconds)]
                 took = time.monotonic() - began
                 print(f"{path} {number}/{len(asked)} {outcomes[mutant.key]:<8} {took:5.1f} s {mutant.key}", flush=True)
-                _store(output, path, _result(path, target, digest, drawn, outcomes))
-    _store(output, path, _result(path, target, digest, drawn, outcomes))
+                _store(output, path, _result(target, digest, drawn, outcomes))
+    _store(output, path, _result(target, digest, drawn, outcomes))
 
 
 def report(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -177,8 +180,7 @@ def _line(name: str, results: Sequence[Mapping[str, Any]]) -> str:
     return f"{name:<38}{places:>8}{tested:>8}{killed:>8}{share:>9}{explained:>12}{tested - killed - explained:>13}"
 
 
-def _result(path: str, target: Target, digest: str, drawn: Drawn, outcomes: Mapping[str, str]) -> dict[str, Any]:
-    reasons = _reasons(path)
+def _result(target: Target, digest: str, drawn: Drawn, outcomes: Mapping[str, str]) -> dict[str, Any]:
     counts = Counter(outcomes.values())
     return {
         **provenance(),
@@ -193,24 +195,23 @@ def _result(path: str, target: Target, digest: str, drawn: Drawn, outcomes: Mapp
         # Whoever waits for a mutant that never ends has noticed it.
         "killed": counts["killed"] + counts["timeout"],
         "timeouts": counts["timeout"],
-        "survivors": [_survivor(mutant, reasons) for mutant in drawn.mutants if outcomes.get(mutant.key) == "survived"],
+        "survivors": [
+            {name: getattr(mutant, name) for name in ("line", "operator", "before", "after")}
+            for mutant in drawn.mutants
+            if outcomes.get(mutant.key) == "survived"
+        ],
         "outcomes": dict(outcomes),
     }
 
 
-def _survivor(mutant: Mutant, reasons: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    fields = {name: getattr(mutant, name) for name in ("line", "operator", "before", "after")}
-    return {**fields, "reason": reasons.get((mutant.before, mutant.after))}
-
-
-def _reasons(path: str) -> dict[tuple[str, str], str]:
-    """Why mutants of a module mean the same, by the line before and after."""
-    rows = files.read_json(REASONS)
-    return {(row["before"], row["after"]): row["reason"] for row in rows if row["module"] == path}
-
-
 def _results(output: Path) -> dict[str, Any]:
-    return files.read_json(output) if output.exists() else {}
+    """What is known, with the reasons that stand in their file now."""
+    results = files.read_json(output) if output.exists() else {}
+    reasons = {(row["module"], row["before"], row["after"]): row["reason"] for row in files.read_json(REASONS)}
+    for path, result in results.items():
+        for row in result["survivors"]:
+            row["reason"] = reasons.get((path, row["before"], row["after"]))
+    return results
 
 
 def _store(output: Path, path: str, result: Mapping[str, Any]) -> None:

@@ -415,6 +415,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert (checkpoints.newest(), checkpoints.best()) == (6, 2)
 
 
+def test_steps_of_the_runs_before_are_deleted_as_well(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3, metrics={1: 1.0})
+    save_steps(tmp_path, 4, limit=2)
+    assert Checkpoints(tmp_path).steps() == [1, 3, 4]
+
+
 def test_an_evaluation_that_was_not_finite_is_never_the_best(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2, metrics={1: float("nan"), 2: 3.0})
     assert Checkpoints(tmp_path).best() == 2
