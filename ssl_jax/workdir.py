@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssl_jax import files, manifest, storage
-from ssl_jax.command_line import read_yaml, validate
+from ssl_jax.command_line import dump_yaml, read_yaml, validate
 from ssl_jax.config import Config
 from ssl_jax.errors import UserError
 from ssl_jax.storage import Place
@@ -87,7 +85,7 @@ def claim(place: Place, config: Config) -> None:
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
+        text = dump_yaml(config.model_dump(mode="json")).encode()
         with files.replacing(path) as stream:
             stream.write(_SEAL + hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
     except OSError as error:
@@ -215,6 +213,8 @@ def _read_data(path: Path) -> dict[str, Any] | None:
         return manifest.decode(path.read_bytes())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {_MENDS} when it is out of the way") from None
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

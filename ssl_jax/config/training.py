@@ -110,10 +110,16 @@ class Train(Section):
         default=64, ge=8, le=100_000, description="Steps whose losses a loss is compared with, of the same streams."
     )
     loss_spike_skip: int = Field(
-        default=8, ge=1, description="Batches that are passed over for one spike: its own and those before."
+        default=8,
+        ge=1,
+        le=1_000_000,
+        description="Batches that are passed over for one spike: its own and those before.",
     )
     max_rollbacks: int = Field(
-        default=5, ge=1, description="Spikes that send the run back before one of them ends it as diverged."
+        default=5,
+        ge=1,
+        le=1_000_000,
+        description="Spikes that send the run back before one of them ends it as diverged.",
     )
     hang_warning_seconds: float = Field(
         default=600.0,
