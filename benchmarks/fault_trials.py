@@ -217,8 +217,12 @@ def stopped(work: Workload, place: Path, random: np.random.Generator, number: si
     if not was_there:  # it was faster than the undisturbed run: another moment
         shutil.rmtree(place)
         return stopped(work, place, random, number)
-    allowed = (-int(number),) if number == signal.SIGKILL else (75,)
-    trial["as_promised"] = code in (*allowed, 0) and not has_traceback
+    allowed = {-int(number)} if number == signal.SIGKILL else {75}
+    if trial["phase"] == "start" and not (place / "run").exists():
+        allowed.add(-int(number))  # before the first line of ours is executed
+    if trial["phase"] == "done":
+        allowed.add(0)
+    trial["as_promised"] = code in allowed and not has_traceback
     return trial | go_on(work, place)
 
 

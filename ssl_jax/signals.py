@@ -27,6 +27,14 @@ _PATIENCE_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal, where a run can stop at once.
+
+    Not a KeyboardInterrupt itself: where one passes through a text that is executed, as dataclasses and named tuples
+    are when they are imported, CPython ends the process by SIGINT, although it was caught.
+    """
+
+
 class Signals:
     """Remembers a SIGTERM or SIGINT until the loop asks for it, or a thread has reason not to wait for that.
 
@@ -55,7 +63,7 @@ class Signals:
         """Replaces the handlers of both signals while the context is open.
 
         Args:
-          interrupts: whether a signal also raises KeyboardInterrupt in the main thread.
+          interrupts: whether a signal also raises Interrupted in the main thread.
         """
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)  # a signal's handler must not wait
@@ -63,7 +71,7 @@ class Signals:
         def remember(number: int, frame: Any) -> None:
             self.received = self.received or signal.Signals(number).name
             if interrupts:
-                signal.default_int_handler(number, frame)
+                raise Interrupted
 
         former_socket = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         former = {number: signal.signal(number, remember) for number in _STOPPING}

@@ -23,6 +23,12 @@ def busy(*_):
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 
 match sys.argv[1]:
+    case "imports":
+        command_line.run(lambda _: exec("import time\\nprint('busy', flush=True)\\ntime.sleep(60)"))
+    case "ends":
+        import atexit, time
+        atexit.register(lambda: (print("busy", flush=True), time.sleep(1.5)))
+        command_line.run(lambda _: None)
     case "command":
         Signals.__init__.__kwdefaults__["patience"] = 0.3
         command_line.run(busy)
@@ -102,6 +108,21 @@ def test_a_command_that_does_not_listen_ends(busy: Busy) -> None:
     busy.send(signal.SIGINT)
     code, _, said = busy.end()
     assert code == 75 and said.startswith("stopped: ") and "Traceback" not in said
+
+
+@pytest.mark.parametrize("busy", ["imports"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_amid_a_text_that_is_executed_the_code_is_the_same(busy: Busy, number: signal.Signals) -> None:
+    """As classes are made when modules are imported; CPython takes a KeyboardInterrupt there for one nobody catches."""
+    busy.send(number)
+    assert busy.end() == (75, "", "stopped: interrupted\n")
+
+
+@pytest.mark.parametrize("busy", ["ends"], indirect=True)
+def test_a_command_that_is_done_is_done(busy: Busy) -> None:
+    """The interpreter and the libraries take their time to end, in which a signal would be a traceback."""
+    busy.send(signal.SIGTERM)
+    assert busy.end() == (0, "", "")
 
 
 def test_a_command_that_listens_ends_at_once(tmp_path: Path) -> None:
