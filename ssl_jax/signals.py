@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -57,6 +58,7 @@ class Signals:
         self.is_saved = True
         self._patience = patience
         self._endings: list[Callable[[], object]] = []
+        self._is_lost = False
 
     @contextlib.contextmanager
     def listen(self, *, interrupts: bool = False) -> Iterator[Signals]:
@@ -73,6 +75,9 @@ class Signals:
             if interrupts:
                 raise Interrupted
 
+        former_hook = sys.unraisablehook
+        if interrupts:
+            sys.unraisablehook = self._hook(former_hook)
         former_socket = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         former = {number: signal.signal(number, remember) for number in _STOPPING}
         thread = threading.Thread(target=self._watch, args=(ours,), name="signals", daemon=True)
@@ -82,6 +87,7 @@ class Signals:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+            sys.unraisablehook = former_hook
             signal.set_wakeup_fd(former_socket, warn_on_full_buffer=former_socket == -1)
             theirs.close()
             thread.join()
@@ -95,6 +101,20 @@ class Signals:
             yield
         finally:
             self._endings.remove(end)
+
+    def _hook(self, former: Callable[[Any], object]) -> Callable[[Any], None]:
+        """A hook for exceptions that nobody can catch, as in JAX's callback of the garbage collector.
+
+        There Python would print an Interrupted and go on; with the hook it is raised once more, amid what comes next.
+        """
+
+        def hook(unraisable: Any) -> None:
+            if issubclass(unraisable.exc_type, Interrupted):
+                self._is_lost = True
+            else:
+                former(unraisable)
+
+        return hook
 
     def _watch(self, heard: socket.socket) -> None:
         """Reads signals until the socket is closed."""
@@ -112,6 +132,10 @@ class Signals:
                     elif time.monotonic() - since > _SAME_SECONDS:
                         lost = "" if self.is_saved else "; the steps since the last checkpoint are lost"
                         self._leave(f"stopped: {name} again{lost}; run the same command to go on")
+            if self._is_lost:
+                self._is_lost = False
+                main_thread = ctypes.c_ulong(threading.main_thread().ident or 0)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(main_thread, ctypes.py_object(Interrupted))
             if since is not None and self.is_saved and time.monotonic() - since > self._patience:
                 self._leave(f"stopped: {self.received}; nothing is lost, run the same command to go on")
 

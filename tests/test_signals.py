@@ -25,6 +25,14 @@ def busy(*_):
 match sys.argv[1]:
     case "imports":
         command_line.run(lambda _: exec("import time\\nprint('busy', flush=True)\\ntime.sleep(60)"))
+    case "collects":
+        import gc, time
+        def collecting(*_):
+            gc.callbacks.remove(collecting)
+            print("busy", flush=True)
+            time.sleep(60)
+        gc.callbacks.append(collecting)
+        command_line.run(lambda _: [gc.collect(), *(time.sleep(0.01) for _ in range(6000))])
     case "ends":
         import atexit, time
         atexit.register(lambda: (print("busy", flush=True), time.sleep(1.5)))
@@ -115,6 +123,13 @@ def test_a_command_that_does_not_listen_ends(busy: Busy) -> None:
 def test_amid_a_text_that_is_executed_the_code_is_the_same(busy: Busy, number: signal.Signals) -> None:
     """As classes are made when modules are imported; CPython takes a KeyboardInterrupt there for one nobody catches."""
     busy.send(number)
+    assert busy.end() == (75, "", "stopped: interrupted\n")
+
+
+@pytest.mark.parametrize("busy", ["collects"], indirect=True)
+def test_amid_a_callback_whose_exceptions_nobody_catches_it_is_heard_as_well(busy: Busy) -> None:
+    """JAX has one of the garbage collector."""
+    busy.send(signal.SIGTERM)
     assert busy.end() == (75, "", "stopped: interrupted\n")
 
 
