@@ -59,6 +59,8 @@ def main(arguments: Sequence[str]) -> None:
                 # Another campaign may have written meanwhile.
                 results = {**_read(path), **measured_on}
                 results["trials"].setdefault(kind, {})[str(number)] = {"commit": results["commit"], **trial}
+                found = results["trials"]
+                results["trials"] = {known: found[known] for known in fault_trials.KINDS if known in found}
                 files.write_json(path, results)
                 print(f"{kind} {number}: {fault_table.line(trial)}", flush=True)
     print(fault_table.render(_read(path)))
