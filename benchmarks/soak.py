@@ -5,12 +5,15 @@
 `python -m ssl_jax.train` trains a tiny model in a child, with evaluations, checkpoints and rounds of pseudo-labels,
 while /proc is asked for its resident memory, its open files, its threads and the processor time that it has used. What
 the first tenth of the run takes is warm-up: by then everything is compiled and the first round is held. Of the rest the
-first tenth is compared with the last one, by medians, and a line is laid through all of it.
+first tenth is compared with the last one, by medians, and a line is laid through all of it. The machine may be slower at
+one time than at another, for what else it is busy with: so the processor time is also set against that of a fixed piece
+of work, done beside the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -39,6 +42,7 @@ WARM_UP = 0.1
 # Of the series that the result keeps; medians and lines are of all samples.
 _KEPT_SAMPLES = 200
 _TAIL_BYTES = 1 << 14
+_REFERENCE = bytes(1 << 23)
 
 Record = TypeVar("Record")
 
@@ -67,6 +71,7 @@ class Sample:
       threads: of the kernel.
       cpu_seconds: that it has used so far.
       record_bytes: of metrics.jsonl, samples.jsonl and TensorBoard's events.
+      reference_seconds: processor time of a fixed piece of work in the process that looks: how fast the machine is now.
     """
 
     seconds: float
@@ -76,6 +81,7 @@ class Sample:
     threads: int
     cpu_seconds: float
     record_bytes: int
+    reference_seconds: float
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -217,7 +223,15 @@ def look(process: int, workdir: Path, seconds: float) -> Sample:
         threads=int(status["Threads"]),
         cpu_seconds=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
         record_bytes=sum(path.stat().st_size for path in records if path.exists()),
+        reference_seconds=reference(),
     )
+
+
+def reference() -> float:
+    """Processor seconds of a fixed piece of work, which are more when others want the cores, too."""
+    started = time.thread_time()
+    hashlib.sha256(_REFERENCE).digest()
+    return time.thread_time() - started
 
 
 def last_step(path: Path) -> int:
@@ -244,13 +258,14 @@ def of_samples(samples: Sequence[Sample], steps: int) -> dict[str, dict[str, flo
     """
     tenths = in_tenths([sample for sample in samples if sample.step >= WARM_UP * steps], lambda sample: sample.step)
     spans = [(tenth[0], tenth[-1]) for tenth in tenths]
+    costs = [(last.cpu_seconds - first.cpu_seconds) / (last.step - first.step) for first, last in spans]
+    references = median_of(tenths, lambda sample: sample.reference_seconds)
     return {
         "resident memory, MB": compare(median_of(tenths, lambda sample: sample.resident_bytes / 1e6)),
         "open files": compare(median_of(tenths, lambda sample: sample.open_files)),
         "threads": compare(median_of(tenths, lambda sample: sample.threads)),
-        "processor time, ms a step": compare(
-            [1e3 * (last.cpu_seconds - first.cpu_seconds) / (last.step - first.step) for first, last in spans]
-        ),
+        "processor time, ms a step": compare([1e3 * cost for cost in costs]),
+        "… ÷ that of fixed work": compare([cost / fixed for cost, fixed in zip(costs, references, strict=True)]),
         "records, bytes a step": compare(
             [(last.record_bytes - first.record_bytes) / (last.step - first.step) for first, last in spans]
         ),
