@@ -63,7 +63,7 @@ TARGETS = {
     "ssl_jax/objectives.py": Target("losses", ("tests/test_objectives.py",)),
     "ssl_jax/attention.py": Target(
         "masks",
-        ("tests/test_attention.py", "tests/test_packed_attention.py", "tests/test_rows_on_devices.py"),
+        ("tests/test_attention.py", "tests/test_rows_on_devices.py"),
         without={"_attend_by_cudnn": "runs on a GPU only"},
     ),
     "ssl_jax/data/packing.py": Target("packing", ("tests/test_packing.py",)),
