@@ -137,10 +137,13 @@ def test_module(path: str, options: Options, output: Path, ends: float) -> None:
     """
     target = TARGETS[path]
     source = (ROOT / path).read_text(encoding="utf-8")
-    drawn = draw(source, limit=options.limit, seed=options.seed, only=target.only, without=target.without)
-    known = _results(output).get(path, {})
     digest = hashlib.sha256(source.encode()).hexdigest()
-    outcomes = known.get("outcomes", {}) if known.get("source_sha256") == digest else {}
+    known = _results(output).get(path, {})
+    if known.get("source_sha256") != digest:
+        known = {}
+    outcomes = known.get("outcomes", {})
+    limit = max(options.limit, known.get("drawn", 0))  # a sample grows, and what is known stays
+    drawn = draw(source, limit=limit, seed=options.seed, only=target.only, without=target.without)
     asked = [mutant for mutant in drawn.mutants if mutant.key not in outcomes or outcomes[mutant.key] in options.again]
     outcomes = {mutant.key: outcomes[mutant.key] for mutant in drawn.mutants if mutant.key in outcomes}
     if asked and time.monotonic() < ends:
