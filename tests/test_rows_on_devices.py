@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import pytest
 from ssl_jax import attention, config, losses, sharding
 from ssl_jax.forecast.collectives import Program
 
-MESHES = {"data 4": (4, 1, 1), "data 2 × fsdp 2": (2, 2, 1), "fsdp 2 × tensor 2": (1, 2, 2)}
+MESHES = {"data 2": (2, 1, 1), "data 4": (4, 1, 1), "data 2 × fsdp 2": (2, 2, 1), "fsdp 2 × tensor 2": (1, 2, 2)}
 LENGTH, WIDTH, VOCABULARY = 12, 8, 16
 
 
@@ -62,6 +63,7 @@ def test_token_losses_need_nothing_of_other_devices(measured):
     ("name", "shape"),
     [
         ("one device, 4 rows", [4, 2]),
+        ("data 2, 4 rows", [2, 2]),
         ("data 4, 4 rows", [1, 2]),
         ("data 2 × fsdp 2, 4 rows", [1, 2]),
         ("fsdp 2 × tensor 2, 4 rows", [2, 1]),
@@ -148,7 +150,8 @@ def main() -> None:
         "one device": sharding.make_mesh(config.Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     }
     for name, sizes in MESHES.items():
-        meshes[name] = sharding.make_mesh(config.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))))
+        mesh = config.Mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+        meshes[name] = sharding.make_mesh(mesh, jax.devices()[: math.prod(sizes)])
     result = {
         "loss": {f"{rows} rows": {name: measure_loss(mesh, rows) for name, mesh in meshes.items()} for rows in (4, 3)},
         "token nll sent": token_nll_sent(meshes["data 4"]),
