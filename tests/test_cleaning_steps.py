@@ -82,6 +82,8 @@ EXAMPLES = [
     ("mask_phones", "138 1234 5678 / 030 / 123 4567 / +8613912345678", "<phone> / <phone> / <phone>"),
     ("mask_phones", "on 2024-01-15 at 10:30, 03/04/2024, 1,000,000 or 3.14159265, v1.2.3", "="),
     ("mask_ids", "card 4111 1111 1111 1111, iban DE89 3704 0044 0532 0130 00.", "card <id>, iban <id>."),
+    ("mask_ids", "card 5500 0055 5555 5559, iban CZ65 0800 0000 1920 0014 5399", "card <id>, iban <id>"),
+    ("mask_ids", "card 5500 0055 5555 5558, iban GB00 WEST 1234 5698 7654 32", "="),
     ("mask_ids", "身份证11010519491231002X\uff0cQQ号1234567890", "身份证<id>\uff0cQQ号<id>"),
     ("mask_ids", "ping 192.168.0.1 and 2001:db8::8a2e:370:7334 now", "ping <id> and <id> now"),
     ("mask_ids", "in 2024, 12345678 people at 10:30:15 version 1.2.3, 999.1.1.1, AB12 CDEF", "="),
