@@ -25,6 +25,8 @@ SERVICE = "https://api.osv.dev/v1/querybatch"
 TIMEOUT_SECONDS = 15
 MAX_QUERIES = 1000  # of one request, by OSV
 _PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.!+_-]+)")
+# A new virtual environment comes with them, in whatever version its Python brings.
+_OF_THE_ENVIRONMENT = {"pip", "setuptools"}
 
 
 class Unreachable(Exception):
@@ -51,6 +53,8 @@ def read_pins(file: Path) -> list[tuple[str, str]]:
 def strangers(pins: Sequence[tuple[str, str]]) -> Iterator[str]:
     """What is installed here in another version than the pinned one, or not from an index."""
     for name, version in pins:
+        if name in _OF_THE_ENVIRONMENT:
+            continue
         try:
             found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:

@@ -5,9 +5,8 @@
 `python -m ssl_jax.train` trains a tiny model in a child, with evaluations, checkpoints and rounds of pseudo-labels,
 while /proc is asked for its resident memory, its open files, its threads and the processor time that it has used. What
 the first tenth of the run takes is warm-up: by then everything is compiled and the first round is held. Of the rest the
-first tenth is compared with the last one, by medians, and a line is laid through all of it. The machine may be slower
-at one time than at another, for what else it is busy with: so the processor time is also set against that of a fixed
-piece of work, done beside the run.
+first tenth is compared with the last one, by medians, and a line is laid through all of it. As the machine may be
+busier at one time than at another, the processor time is also set against that of a fixed piece of work beside the run.
 """
 
 from __future__ import annotations
