@@ -25,7 +25,10 @@ _BLOCK_BYTES = 2**25
 
 @contextlib.contextmanager
 def replacing(path: Any) -> Iterator[BinaryIO]:
-    """A stream whose content replaces that of a file when the context ends without an exception."""
+    """A stream whose content replaces that of a file when the context ends without an exception.
+
+    An OSError that has no name of a file, as that of a full disk, gets this one's.
+    """
     if not isinstance(path, Path):
         content = io.BytesIO()
         yield content
@@ -37,8 +40,10 @@ def replacing(path: Any) -> Iterator[BinaryIO]:
             yield stream
         sync(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 

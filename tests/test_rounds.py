@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -108,6 +109,19 @@ def test_rounds_of_two_kinds_count_together(directory: Path, tmp_path_factory: p
     rounds.write(other, 0, [], {"accepted": 0})
     assert rounds.mend([directory, other], 2) == 1
     assert rounds.read_summary(directory, 1) is not None, "the round that is amid being held keeps what it has"
+
+
+def test_a_full_disk_while_a_copy_is_written_is_told_as_such(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its number, by which a command knows that it is for the user to fix."""
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    shutil.rmtree(directory / "copy_of_round_0")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError) as caught:
+        rounds.mend([directory], 2)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_kill_between_the_copy_and_the_round_leaves_a_round(directory: Path) -> None:

@@ -169,9 +169,10 @@ def _write_copy(source: Path, target: Path) -> None:
     """Makes a folder equal to one of files; it appears whole."""
     temporary = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    for path in temporary.iterdir():
-        files.sync(path)
+    temporary.mkdir(parents=True)
+    for path in source.iterdir():
+        shutil.copyfile(path, temporary / path.name)
+        files.sync(temporary / path.name)
     files.sync(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
