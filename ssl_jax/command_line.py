@@ -42,11 +42,15 @@ _STORAGE_REFUSES = {
 _LONGEST_FILE, _LONGEST_REASON = 2**18, 600
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = False) -> None:
     """Calls `main(arguments)` and ends the process with the exit code of what happened.
 
     0 done, 2 the user can fix it, 3 diverged, 75 preempted, 1 a bug. Only a bug shows a traceback. Processes that have
     joined as one run end together, whichever of them it happened to.
+
+    Args:
+      main: the command.
+      goes_on: whether the same command finds again whatever it has done, so that a signal may end it at any moment.
     """
     # A scheduler's SIGTERM ends whatever has no better way to end as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -54,7 +58,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     logging.addLevelName(logging.WARNING, "warning")
     code, text = 0, ""
     try:
-        with Signals().listen(interrupts=True):
+        with Signals(patience=0.0).listen() if goes_on else Signals().listen(interrupts=True):
             main(sys.argv[1:])
             sys.stdout.flush()
     except (UserError, TrainingDiverged, Preempted) as error:

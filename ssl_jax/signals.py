@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -28,14 +27,6 @@ _PATIENCE_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal, where a run can stop at once.
-
-    Not a KeyboardInterrupt itself: where one passes through a text that is executed, as dataclasses and named tuples
-    are when they are imported, CPython ends the process by SIGINT, although it was caught.
-    """
-
-
 class Signals:
     """Remembers a SIGTERM or SIGINT until the loop asks for it, or a thread has reason not to wait for that.
 
@@ -58,14 +49,15 @@ class Signals:
         self.is_saved = True
         self._patience = patience
         self._endings: list[Callable[[], object]] = []
-        self._is_lost = False
 
     @contextlib.contextmanager
     def listen(self, *, interrupts: bool = False) -> Iterator[Signals]:
         """Replaces the handlers of both signals while the context is open.
 
         Args:
-          interrupts: whether a signal also raises Interrupted in the main thread.
+          interrupts: whether a signal also raises KeyboardInterrupt in the main thread, for who has to clean up. That
+            is no way to be sure of an end: an exception that comes up in foreign code, such as a library that is
+            being imported or a callback, may be lost, or the process with it.
         """
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)  # a signal's handler must not wait
@@ -73,11 +65,8 @@ class Signals:
         def remember(number: int, frame: Any) -> None:
             self.received = self.received or signal.Signals(number).name
             if interrupts:
-                raise Interrupted
+                signal.default_int_handler(number, frame)
 
-        former_hook = sys.unraisablehook
-        if interrupts:
-            sys.unraisablehook = self._hook(former_hook)
         former_socket = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         former = {number: signal.signal(number, remember) for number in _STOPPING}
         thread = threading.Thread(target=self._watch, args=(ours,), name="signals", daemon=True)
@@ -87,7 +76,6 @@ class Signals:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-            sys.unraisablehook = former_hook
             signal.set_wakeup_fd(former_socket, warn_on_full_buffer=former_socket == -1)
             theirs.close()
             thread.join()
@@ -101,20 +89,6 @@ class Signals:
             yield
         finally:
             self._endings.remove(end)
-
-    def _hook(self, former: Callable[[Any], object]) -> Callable[[Any], None]:
-        """A hook for exceptions that nobody can catch, as in JAX's callback of the garbage collector.
-
-        There Python would print an Interrupted and go on; with the hook it is raised once more, amid what comes next.
-        """
-
-        def hook(unraisable: Any) -> None:
-            if issubclass(unraisable.exc_type, Interrupted):
-                self._is_lost = True
-            else:
-                former(unraisable)
-
-        return hook
 
     def _watch(self, heard: socket.socket) -> None:
         """Reads signals until the socket is closed."""
@@ -132,11 +106,7 @@ class Signals:
                     elif time.monotonic() - since > _SAME_SECONDS:
                         lost = "" if self.is_saved else "; the steps since the last checkpoint are lost"
                         self._leave(f"stopped: {name} again{lost}; run the same command to go on")
-            if self._is_lost:
-                self._is_lost = False
-                main_thread = ctypes.c_ulong(threading.main_thread().ident or 0)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(main_thread, ctypes.py_object(Interrupted))
-            if since is not None and self.is_saved and time.monotonic() - since > self._patience:
+            if since is not None and self.is_saved and time.monotonic() - since >= self._patience:
                 self._leave(f"stopped: {self.received}; nothing is lost, run the same command to go on")
 
     def _leave(self, text: str) -> NoReturn:

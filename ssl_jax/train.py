@@ -110,4 +110,4 @@ def show(summary: dict[str, Any], name: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, goes_on=True)

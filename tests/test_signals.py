@@ -24,7 +24,7 @@ def busy(*_):
 
 match sys.argv[1]:
     case "imports":
-        command_line.run(lambda _: exec("import time\\nprint('busy', flush=True)\\ntime.sleep(60)"))
+        command_line.run(lambda _: exec("import time\\nprint('busy', flush=True)\\ntime.sleep(60)"), goes_on=True)
     case "collects":
         import gc, time
         def collecting(*_):
@@ -32,7 +32,7 @@ match sys.argv[1]:
             print("busy", flush=True)
             time.sleep(60)
         gc.callbacks.append(collecting)
-        command_line.run(lambda _: [gc.collect(), *(time.sleep(0.01) for _ in range(6000))])
+        command_line.run(lambda _: [gc.collect(), *(time.sleep(0.01) for _ in range(6000))], goes_on=True)
     case "ends":
         import atexit, time
         atexit.register(lambda: (print("busy", flush=True), time.sleep(1.5)))
@@ -123,14 +123,15 @@ def test_a_command_that_does_not_listen_ends(busy: Busy) -> None:
 def test_amid_a_text_that_is_executed_the_code_is_the_same(busy: Busy, number: signal.Signals) -> None:
     """As classes are made when modules are imported; CPython takes a KeyboardInterrupt there for one nobody catches."""
     busy.send(number)
-    assert busy.end() == (75, "", "stopped: interrupted\n")
+    said = f"stopped: {number.name}; nothing is lost, run the same command to go on\n"
+    assert busy.end() == (75, "", said)
 
 
 @pytest.mark.parametrize("busy", ["collects"], indirect=True)
 def test_amid_a_callback_whose_exceptions_nobody_catches_it_is_heard_as_well(busy: Busy) -> None:
     """JAX has one of the garbage collector."""
     busy.send(signal.SIGTERM)
-    assert busy.end() == (75, "", "stopped: interrupted\n")
+    assert busy.end() == (75, "", "stopped: SIGTERM; nothing is lost, run the same command to go on\n")
 
 
 @pytest.mark.parametrize("busy", ["ends"], indirect=True)
@@ -160,5 +161,5 @@ def test_a_command_that_listens_ends_at_once(tmp_path: Path) -> None:
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 75 and said == "stopped: interrupted\n"
+    assert process.returncode == 75 and said == "stopped: SIGTERM; nothing is lost, run the same command to go on\n"
     assert time.monotonic() - sent < 8, "it does not take the patience that a compiler is given"
