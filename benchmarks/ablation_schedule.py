@@ -22,7 +22,7 @@ State = Literal["done", "failed", "left"]
 
 STDOUT, STDERR = "stdout.txt", "stderr.txt"
 
-_LOCK = "lock"
+_LOCK = "schedule.lock"
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 

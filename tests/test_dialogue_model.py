@@ -178,7 +178,7 @@ def test_generate_response_takes_a_text_or_a_conversation(model: DialogueModel) 
         ("hi", {"topk": 5}, r"generate_response: topk: unknown field; did you mean top_k\?"),
         ("hi", {"top_p": 2.0}, r"top_p: .*less than or equal to 1"),
         ("hi", {"max_new_tokens": 64}, "leaves no room"),
-        ("hi", {"temperature": -1}, "temperature: .*greater than 0"),
+        ("hi", {"temperature": -1}, "temperature: .*greater than or equal to 0.000001"),
         ("hi", {"num_beams": 2}, "set do_sample to false"),
         ("hi", {"num_beams": 2, "do_sample": False, "num_return_sequences": 3}, "exceeds num_beams 2"),
         ("hi", {"suppress_tokens": [99999]}, "suppress_tokens: the model has no token 99999"),

@@ -14,6 +14,7 @@ import messenger_exports as exports
 import pytest
 import zstandard
 
+from ssl_jax import command_line
 from ssl_jax.config import Source
 from ssl_jax.data import formats
 from ssl_jax.data.formats import Rejected, lines
@@ -240,7 +241,7 @@ def test_links_within_a_folder_do_not_read_a_file_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["x\0y", "~nobody-of-that-name/x", "a" * 5000, "a/" * 3000, "/dev/null", "\n"])
 def test_hostile_paths_are_refused_in_two_lines(path: str) -> None:
     with pytest.raises(UserError) as refusal:
-        formats.find_files(Source(path=path))
+        formats.find_files(command_line.validate(Source, {"path": path}, origin="my.yaml"))
     assert str(refusal.value).count("\n") <= 1
 
 

@@ -126,7 +126,7 @@ def test_a_prompt_that_fits_is_answered_without_a_note(capsys: pytest.CaptureFix
         (["--prompt", PROMPT, "--top-k", "-1"], r"top_k.*greater than or equal to 0"),
         (["--prompt", PROMPT, "--top-p", "0"], r"top_p.*greater than 0"),
         (["--prompt", PROMPT, "--top-p", "1.5"], r"top_p.*less than or equal to 1"),
-        (["--prompt", PROMPT, "--temperature", "0"], r"temperature.*greater than 0"),
+        (["--prompt", PROMPT, "--temperature", "0"], r"temperature.*greater than or equal to 0\.000001"),
         (["--prompt", PROMPT, "--max-new-tokens", "0"], r"max_new_tokens.*greater than or equal to 1"),
         (["--prompt", PROMPT, "--max-new-tokens", "64"], r"max_new_tokens 64 leaves no room.*at most 48"),
         (["--prompt", PROMPT, "--num-return-sequences", "0"], r"num_return_sequences.*greater than or equal to 1"),

@@ -80,7 +80,8 @@ def test_no_source_runs_what_a_file_says(path: Path) -> None:
             if parts[0] in LOADERS and path.relative_to(tiny.ROOT).as_posix() not in PICKLES:
                 found.append(name)
             # `network.eval()` of PyTorch is another thing.
-            if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"):
+            is_own = path.name == "mutants.py" and name == "compile"  # a mutant of our own source, to see if it can be
+            if not is_own and name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"):
                 found.append(name)
             if (
                 isinstance(node, ast.Call)
@@ -560,7 +561,7 @@ command_line.run(train.main)
 """
 # What is there to hold dialogues: prepared data with examples of what cleaning did, rounds, answers to fixed prompts.
 HOLDS_TEXT = re.compile(
-    r"prepared/\w+/(dialogues/|examples\.json)|(pseudo_labels|back_translations)/round_|samples\.jsonl"
+    r"prepared/\w+/(dialogues/|examples\.json)|(pseudo_labels|back_translations)/(copy_of_)?round_|samples\.jsonl"
 )
 
 
