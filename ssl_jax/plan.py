@@ -190,7 +190,7 @@ def make_plan(config: Config, records: Mapping[str, int], labeled_rows_per_epoch
     if round_steps and round_steps[-1] >= labeled_only_from:
         raise UserError(
             f"pseudo_labels.rounds: the round at step {round_steps[-1]} would teach nothing, since from step "
-            f"{labeled_only_from} on only labeled dialogues are used (train.labeled_only_fraction)"
+            f"{labeled_only_from} of {total} (train.steps) on only labeled dialogues are used (train.labeled_only_fraction)"
         )
     if round_steps and round_steps[0] < pretrain_until:
         raise UserError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ssl_jax import config
 from ssl_jax.command_line import validate
 from ssl_jax.config import TemplateName
+from ssl_jax.errors import UserError
 
 if TYPE_CHECKING:
     import jax
@@ -47,7 +48,10 @@ def resolve(settings: config.Config) -> config.Config:
     from ssl_jax import huggingface
 
     values: dict[str, Any] = settings.model_dump()
-    values["model"] = huggingface.resolve(settings.model).model_dump()
+    try:
+        values["model"] = huggingface.resolve(settings.model).model_dump()
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
     if settings.tokenizer.name_or_path is None:
         values["tokenizer"]["name_or_path"] = settings.model.init_from
     return validate(config.Config, values, origin=f"model.init_from {settings.model.init_from}")

@@ -109,7 +109,7 @@ def _round_number(directory: Path, command: Review) -> int:
     finished = sorted(int(path.parent.name.removeprefix("round_")) for path in directory.glob("round_*/summary.json"))
     if not finished:
         raise UserError(
-            f"--workdir {command.workdir} has no finished pseudo-labeling round\n"
+            f"--workdir {command.workdir} has no finished round in pseudo_labels/\n"
             "train it with pseudo_labels.rounds and unlabeled prompts; if training was interrupted, run it again"
         )
     if command.round is None:

@@ -15,6 +15,7 @@ from ssl_jax import files, manifest, storage
 from ssl_jax.command_line import dump_yaml, read_yaml, validate
 from ssl_jax.config import Config
 from ssl_jax.errors import UserError
+from ssl_jax.shown import shortened
 from ssl_jax.storage import Place
 
 CHECKPOINTS = "checkpoints"
@@ -226,7 +227,7 @@ def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     fields = [name for name in {**there, **here} if name not in FREE_FIELDS]
     return [
-        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        f"{name} is {shortened(there.get(name))} there, {shortened(here.get(name))} here"
         for name in fields
         if there.get(name) != here.get(name)
     ]

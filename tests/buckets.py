@@ -55,6 +55,9 @@ def serving(scheme: str, log: Path) -> Iterator[dict[str, str]]:
 def make_bucket(scheme: str) -> None:
     """Makes `BUCKET` on the server that this process's environment names; the one for gs has made it."""
     if scheme == "s3":
+        # fsspec keeps a driver for the server that the environment named when it was made.
+        type(storage.filesystem("s3://" + BUCKET)).clear_instance_cache()
+        storage.filesystem.cache_clear()
         storage.filesystem("s3://" + BUCKET).mkdir(BUCKET)
 
 
