@@ -189,8 +189,8 @@ def make_plan(config: Config, records: Mapping[str, int], labeled_rows_per_epoch
         raise UserError(f"pseudo_labels.rounds: {len(rounds)} rounds do not fit into {total} steps")
     if round_steps and round_steps[-1] >= labeled_only_from:
         raise UserError(
-            f"pseudo_labels.rounds: the round at step {round_steps[-1]} would teach nothing, since from step "
-            f"{labeled_only_from} of {total} (train.steps) on only labeled dialogues are used (train.labeled_only_fraction)"
+            f"pseudo_labels.rounds: the round at step {round_steps[-1]} of {total} (train.steps) would teach nothing, "
+            f"since from step {labeled_only_from} on only labeled dialogues are used (train.labeled_only_fraction)"
         )
     if round_steps and round_steps[0] < pretrain_until:
         raise UserError(

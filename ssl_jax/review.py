@@ -106,10 +106,11 @@ def _row(row: Mapping[str, Any], number: int, teacher_step: int) -> dict[str, An
 
 def _round_number(directory: Path, command: Review) -> int:
     """The round asked for, or the newest finished one."""
-    finished = sorted(int(path.parent.name.removeprefix("round_")) for path in directory.glob("round_*/summary.json"))
+    summaries = [path for path in directory.glob("round_*/summary.json") if path.is_file()]
+    finished = sorted(int(path.parent.name.removeprefix("round_")) for path in summaries)
     if not finished:
         raise UserError(
-            f"--workdir {command.workdir} has no finished round in pseudo_labels/\n"
+            f"--workdir {command.workdir} has no finished round (pseudo_labels/round_0/summary.json)\n"
             "train it with pseudo_labels.rounds and unlabeled prompts; if training was interrupted, run it again"
         )
     if command.round is None:

@@ -120,8 +120,11 @@ def test_rows_are_per_device_that_sees_other_rows():
         (dict(per_device_train_batch_size=5, gradient_accumulation_steps=3), "3 does not divide the 20 rows"),
         (dict(shards=2, per_device_train_batch_size=1, gradient_accumulation_steps=8), "8 does not divide the 4 rows"),
         (dict(rounds=[0.2, 0.21], steps=10), "pseudo_labels.rounds: 2 rounds do not fit into 10 steps"),
-        (dict(rounds=[0.9], steps=1), "the round at step 1 would teach nothing"),
-        (dict(rounds=[0.95]), "the round at step 95 would teach nothing, since from step 90 on"),
+        (dict(rounds=[0.9], steps=1), r"the round at step 1 of 1 \(train\.steps\) would teach nothing"),
+        (
+            dict(rounds=[0.95]),
+            r"the round at step 95 of 100 \(train\.steps\) would teach nothing, since from step 90 on",
+        ),
         (dict(rounds=[0.5], pseudo_label_fraction=0.0), "pseudo_label_fraction 0 leave no rows"),
         (dict(unlabeled_ratio=0.02), "rounds to no unlabeled rows"),
         (dict(records={"labeled_train": 9}), "the data has no unlabeled dialogues to learn from; add a source"),
