@@ -34,9 +34,11 @@ from ssl_jax.signals import Signals
 
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 
-# What a user can do something about, wherever it happens: full, read-only, forbidden or failing storage.
+# What a user can do something about, wherever it happens: full, read-only, forbidden or failing storage, and a folder
+# that is in the way of a file.
 _STORAGE_REFUSES = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+    errno.EISDIR, errno.ENOTDIR,
 }  # fmt: skip
 # Of a configuration file, so that data given in its place are not read to their end; and of what is wrong with it.
 _LONGEST_FILE, _LONGEST_REASON = 2**18, 600
@@ -71,7 +73,8 @@ def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = False) -> None
         code = 128 + signal.SIGPIPE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _STORAGE_REFUSES:
-            where = f"{error.filename}: " if error.filename else ""
+            name = error.filename2 or error.filename
+            where = f"{name}: " if name else ""
             code = UserError.exit_code
             text = f"error: {where}{error.strerror}; make room or set permissions, then run the same command again"
         else:
