@@ -81,19 +81,14 @@ def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = False) -> None
             distributed.end_for_error(error)
             traceback.print_exc()
             code = 1
-    atexit.register(_hear_no_signals)
+    # The interpreter's end takes a while, and there is nothing left that a signal could stop.
+    atexit.register(distributed.ignore_signals)
     if code:
         distributed.end(code, text)
     if text:
         # A message may quote a stranger's file, which shall not give orders to the terminal.
         print(without_controls(text), file=sys.stderr)
     sys.exit(code)
-
-
-def _hear_no_signals() -> None:
-    """The interpreter's end takes a while, and there is nothing left that a signal could stop."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def parse(schema: type[Schema], arguments: Sequence[str], *, program: str, summary: str) -> Schema:

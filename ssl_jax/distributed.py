@@ -75,7 +75,7 @@ def join() -> None:
 def end(code: int, text: str) -> None:
     """Ends all processes of the run with an exit code; one of them prints the text. Returns where there is only one."""
     if _watch is not None:
-        _ignore_signals()
+        ignore_signals()
         _watch.end(code, text)
     if _is_joining:
         # A thread of JAX still waits for the others, and would abort the process when it is told to go.
@@ -91,7 +91,7 @@ def end_for_error(error: Exception) -> None:
     """
     if _watch is None:
         return
-    _ignore_signals()
+    ignore_signals()
     is_loss = ending.is_loss(error)
     if not is_loss:
         traceback.print_exception(error)
@@ -150,7 +150,7 @@ def primary_first(what: str, work: Callable[[], T]) -> T:
     return result
 
 
-def _ignore_signals() -> None:
+def ignore_signals() -> None:
     """Another signal would only keep a process that ends, which takes seconds, from telling the others."""
     if threading.current_thread() is threading.main_thread():  # Python's rule; other threads are not interrupted
         for number in (signal.SIGTERM, signal.SIGINT):
