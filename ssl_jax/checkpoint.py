@@ -25,7 +25,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +119,11 @@ class Checkpoints:
         try:
             if not _agree(lambda: self._why_saved(step)):
                 return
-            self._start_writing()
+            self._start_writing(leaves)
             import orbax.checkpoint as ocp
 
             staged = self._staging.copy(leaves)
-            arguments = {name: ocp.args.StandardSave(item) for name, item in staged.items()}  # pyright: ignore
+            arguments = {name: ocp.args.PyTreeSave(item) for name, item in staged.items()}  # pyright: ignore
             self._checkpointer.save(self._path(step), args=ocp.args.Composite(**arguments), force=True)
         except Exception as error:
             self._staging.clear()
@@ -265,7 +265,7 @@ class Checkpoints:
                 self._background = None
             self._staging.clear()
 
-    def _start_writing(self) -> None:
+    def _start_writing(self, names: Iterable[str]) -> None:
         if self._background is not None:
             return
         import orbax.checkpoint as ocp
@@ -280,8 +280,14 @@ class Checkpoints:
         atomicity = ocp.options.AtomicityOptions(
             mode=mode.COMMIT_FILE if storage.is_url(self._directory) else mode.AUTO
         )
+        # Compression takes 8 % off a state's size, and twice the processor time, of which steps have less meanwhile.
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for name in names:
+            handlers.add(name, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
         self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(atomicity_options=atomicity)),
+            ocp.CompositeCheckpointHandler(
+                handler_registry=handlers, composite_options=ocp.CompositeOptions(atomicity_options=atomicity)
+            ),
             atomicity_options=atomicity,
         )
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

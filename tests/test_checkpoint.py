@@ -137,20 +137,19 @@ def test_training_goes_on_in_the_memory_that_it_has_while_a_save_reads_its_copie
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An array that somebody else holds cannot be given to a step for its results: it would take fresh memory."""
-    reads = threading.Event()
+    reads = threading.Semaphore(0)
     write = manifest.write
-    monkeypatch.setattr(manifest, "write", lambda *a: (reads.wait(60), write(*a)))
+    monkeypatch.setattr(manifest, "write", lambda *a: (reads.acquire(timeout=60), write(*a)))
     checkpoints = Checkpoints(tmp_path)
     bump = jax.jit(lambda array: array + 1, donate_argnums=0)
     array = bump(jnp.zeros((1 << 20,), jnp.float32))
     checkpoints.reserve({"state": array})
     for step in (1, 2):
-        reads.clear()
         place = array.unsafe_buffer_pointer()
         checkpoints.save(step, {"state": {"w": array}}, {})
         array = bump(array)
         assert array.unsafe_buffer_pointer() == place
-        reads.set()
+        reads.release()
     checkpoints.close()
     saved = checkpoints.restore(2, {"state": {"w": jax.ShapeDtypeStruct(array.shape, array.dtype)}})
     np.testing.assert_array_equal(saved["state"]["w"], np.full(1 << 20, 2, np.float32))

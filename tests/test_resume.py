@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -127,9 +126,10 @@ def damage(checkpoint: Path) -> None:
 class Child:
     """A training process whose output is watched."""
 
-    def __init__(self, workdir: Path) -> None:
+    def __init__(self, workdir: Path, **variables: str) -> None:
         arguments = tiny.command("train", "--config", str(tiny.config_file()), "--workdir", str(workdir))
-        self.process = subprocess.Popen(arguments, env=tiny.environment(), stderr=subprocess.PIPE, text=True)
+        environment = {**tiny.environment(), **variables}
+        self.process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -224,8 +224,7 @@ def test_a_kill_at_every_moment(tmp_path: Path, moment: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, number: signal.Signals) -> None:
     """The first one arrives while the step is being compiled, so the process is still busy when the second comes."""
-    shutil.rmtree(tiny.scratch() / "compiled", ignore_errors=True)
-    with Child(tmp_path / "run") as child:
+    with Child(tmp_path / "run", JAX_ENABLE_COMPILATION_CACHE="0") as child:
         child.wait_for("train: ")
         sent = time.monotonic()
         while child.process.poll() is None:

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 import yaml
-from jax.experimental.compilation_cache import compilation_cache
 
 from ssl_jax import loading, train
 from ssl_jax.training_streams import ROUNDS
@@ -142,15 +141,9 @@ def write_all(folder: Path) -> Path:
 
 @functools.cache
 def scratch() -> Path:
-    """A folder for what all tests of this process share; it goes when the process ends.
-
-    What one run compiled the next one finds, in this process and in its children: a tiny run is all compilation.
-    """
+    """A folder for what all tests of this process share; it goes when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="ssl_jax_tests_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
     return folder
 
 
@@ -173,7 +166,6 @@ def copy_of_finished(folder: Path) -> Path:
 
 def run_train(config: Path, workdir: Path, *overrides: str) -> Path:
     """Trains in this process; returns the work directory."""
-    scratch()
     train.main(["--config", str(config), "--workdir", str(workdir), *overrides])
     return workdir
 
@@ -185,12 +177,7 @@ def command(name: str, *arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Of a child process."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(scratch() / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def run_command(name: str, *arguments: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
