@@ -85,14 +85,9 @@ TARGETS = {
             "Checkpoints._steps",
             "Checkpoints._step_folders",
             "Checkpoints._manifest",
-            "Checkpoints._check_structure",
-            "_leaves_by_path",
-            "_describe",
-            "_read_manifest",
-            "_is_manifest",
-            "_problem",
         ),
     ),
+    "ssl_jax/step_manifest.py": Target("manifest", ("tests/test_checkpoint.py", "tests/test_security.py")),
     "ssl_jax/manifest.py": Target("manifest", ("tests/test_manifest.py", "tests/test_checkpoint.py")),
 }
 

@@ -19,9 +19,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import logging
-import math
 import os
 import re
 import time
@@ -29,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import ending, files, manifest, orbax_metrics, orbax_s3, storage
+from ssl_jax import ending, files, manifest, orbax_metrics, orbax_s3, step_manifest, storage
 from ssl_jax.errors import UserError
 from ssl_jax.staging import Staging
 
@@ -44,9 +42,6 @@ _ORBAX_MARK = "_CHECKPOINT_METADATA"
 _STORAGE_FAILURE = re.compile(
     r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|FAILED_PRECONDITION|NOT_FOUND|UNAVAILABLE|OS error|os_error"
 )
-
-# Of a step, of which nothing else is read meanwhile.
-_LOCAL_READS_AT_ONCE = min(4, os.cpu_count() or 1)
 
 # How long a step that has verified may be restored without being read once more.
 _VERDICT_SECONDS = 60.0
@@ -90,7 +85,9 @@ class Checkpoints:
         """Takes the memory that a save of such items copies them to, so that the first one need not wait for it."""
         import jax
 
-        jax.block_until_ready(self._staging.copy({name: _leaves_by_path(item) for name, item in items.items()}))
+        jax.block_until_ready(
+            self._staging.copy({name: step_manifest.leaves_by_path(item) for name, item in items.items()})
+        )
 
     def save(
         self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any], *, metric: float | None = None
@@ -109,13 +106,8 @@ class Checkpoints:
           UserError: this save or the one before could not be written; earlier steps stand.
         """
         self.wait()
-        leaves = {name: _leaves_by_path(item) for name, item in items.items()}
-        body = {
-            "step": step,
-            "metric": metric if metric is not None and math.isfinite(metric) else None,
-            "meta": json.loads(json.dumps(dict(meta))),
-            "items": {name: {path: _describe(leaf) for path, leaf in item.items()} for name, item in leaves.items()},
-        }
+        leaves = {name: step_manifest.leaves_by_path(item) for name, item in items.items()}
+        body = step_manifest.body(step, leaves, meta, metric)
         try:
             if not _agree(lambda: self._why_saved(step)):
                 return
@@ -220,8 +212,8 @@ class Checkpoints:
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         arguments = {}
         for name, abstract in abstract_items.items():
-            wanted = _leaves_by_path(abstract)
-            self._check_structure(step, name, stored, wanted)
+            wanted = step_manifest.leaves_by_path(abstract)
+            step_manifest.check_leaves(f"checkpoint {self._path(step)}", stored, name, wanted)
             placed = {
                 path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
                 for path, leaf in wanted.items()
@@ -232,7 +224,7 @@ class Checkpoints:
             restored = checkpointer.restore(self._path(step), args=ocp.args.Composite(**arguments))
         return {
             name: jax.tree.unflatten(
-                jax.tree.structure(abstract), [restored[name][path] for path in _leaves_by_path(abstract)]
+                jax.tree.structure(abstract), [restored[name][path] for path in step_manifest.leaves_by_path(abstract)]
             )
             for name, abstract in abstract_items.items()
         }
@@ -342,13 +334,13 @@ class Checkpoints:
         """What is wrong with the files of these items; they are read unless all of the step has just verified."""
         if self._looks_good(step) and time.monotonic() - self._known_good[step].at < _VERDICT_SECONDS:
             return ""
-        return _problem(self._path(step), items) or ""
+        return step_manifest.problem(self._path(step), items) or ""
 
     def _verify(self, step: int) -> str | None:
         """Why a step cannot be trusted, or None; reads all its files, and remembers how those of a good one look."""
         # As they were before they are read: what changes meanwhile shows later.
         found = storage.identities_below(self._path(step))
-        problem = _problem(self._path(step))
+        problem = step_manifest.problem(self._path(step))
         if problem is None:
             self._known_good[step] = _Verdict(found)
         else:
@@ -378,7 +370,7 @@ class Checkpoints:
         metrics = {}
         for step in self._steps():
             try:
-                metrics[step] = _read_manifest(self._path(step))["metric"]
+                metrics[step] = step_manifest.read(self._path(step))["metric"]
             except ValueError as error:
                 self._warn(step, str(error))
         return sorted((s for s, metric in metrics.items() if metric is not None), key=lambda s: (metrics[s], s))
@@ -400,23 +392,10 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
-            return _read_manifest(self._path(step))
+            return step_manifest.read(self._path(step))
         except ValueError as error:
             known = ", ".join(map(str, self._steps())) or "none"
             raise UserError(f"checkpoint {self._path(step)}: {error} (steps there: {known})") from None
-
-    def _check_structure(self, step: int, name: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        where = f"checkpoint {self._path(step)}"
-        if name not in stored:
-            raise UserError(f"{where} has no item '{name}'; it has {', '.join(stored)}")
-        has = stored[name]
-        for path, leaf in wanted.items():
-            if path not in has:
-                raise UserError(f"{where}, item '{name}': leaf '{path}' is not in it; was the model changed?")
-            if has[path] != _describe(leaf):
-                raise UserError(f"{where}, item '{name}': leaf '{path}' is {has[path]}, expected {_describe(leaf)}")
-        if superfluous := sorted(set(has).difference(wanted)):
-            raise UserError(f"{where}, item '{name}': leaf '{superfluous[0]}' is in it, but not expected")
 
     def _explain(self, step: int, error: BaseException) -> BaseException:
         """What the operating system refused is for the user to fix; a lost process or a bug stays what it is."""
@@ -445,55 +424,6 @@ class _Verdict:
 
     identities: Mapping[str, str]
     at: float = dataclasses.field(default_factory=time.monotonic)
-
-
-def _leaves_by_path(tree: PyTree) -> dict[str, Any]:
-    """`{"params/wte": leaf, …}`; one flat form for dicts, tuples and dataclasses, so that Orbax sees only a dict."""
-    import jax
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-    if len(leaves) != len(flat):
-        raise ValueError("two leaves of the tree have the same path")
-    return leaves
-
-
-def _describe(leaf: Any) -> str:
-    """`float32[50304,768]`."""
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _read_manifest(folder: Any) -> dict[str, Any]:
-    """Raises ValueError, with the reason, if the manifest is absent, not as it was written, or none of a checkpoint."""
-    body = manifest.read(folder / MANIFEST)
-    # Whoever writes another manifest can give it its digest.
-    if not _is_manifest(body):
-        raise ValueError(f"{MANIFEST} is damaged")
-    return body
-
-
-def _is_manifest(body: Mapping[str, Any]) -> bool:
-    """Whether a JSON object has the parts of a manifest, of their types."""
-    return (
-        body.keys() == {"step", "metric", "meta", "items", "files"}
-        and type(body["step"]) is int
-        and (body["metric"] is None or isinstance(body["metric"], int | float))
-        and all(isinstance(body[part], dict) for part in ("meta", "items"))
-        and all(isinstance(leaves, dict) for leaves in body["items"].values())
-    )
-
-
-def _problem(folder: Any, items: Mapping[str, Any] | None = None) -> str | None:
-    """Why a step cannot be trusted, or None. With `items`, files of other items are not looked at."""
-    try:
-        stored = _read_manifest(folder)
-    except ValueError as error:
-        return str(error)
-    if stored["step"] != int(folder.name):
-        return f"{MANIFEST} is that of step {stored['step']}"
-    others = set(stored["items"]).difference(items if items is not None else stored["items"])
-    declared = {name: file for name, file in stored["files"].items() if name.split("/")[0] not in others}
-    return manifest.difference(folder, declared, at_once=_LOCAL_READS_AT_ONCE)
 
 
 def _agree(decide: Callable[[], str], own: str = "") -> str:

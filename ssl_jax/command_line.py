@@ -35,11 +35,13 @@ from ssl_jax.signals import Signals
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 
 # What a user can do something about, wherever it happens: full, read-only, forbidden or failing storage, and a folder
-# that is in the way of a file.
+# that is in the way of a file, or the other way round.
 _STORAGE_REFUSES = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
-    errno.EISDIR, errno.ENOTDIR,
-}  # fmt: skip
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "set permissions"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "see to the disk"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR), "move away what is in the way"),
+}
 # Of a configuration file, so that data given in its place are not read to their end; and of what is wrong with it.
 _LONGEST_FILE, _LONGEST_REASON = 2**18, 600
 
@@ -76,7 +78,8 @@ def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = False) -> None
             name = error.filename2 or error.filename
             where = f"{name}: " if name else ""
             code = UserError.exit_code
-            text = f"error: {where}{error.strerror}; make room or set permissions, then run the same command again"
+            fix = _STORAGE_REFUSES[error.errno]
+            text = f"error: {where}{error.strerror}; {fix}, then run the same command again"
         else:
             distributed.end_for_error(error)
             traceback.print_exc()

@@ -108,12 +108,14 @@ def difference(folder: Any, declared: Mapping[str, Mapping[str, Any]], *, at_onc
     return None
 
 
-def problem(folder: Any) -> str | None:
-    """Why a folder is not what was written, or None."""
+def problem(folder: Any, *, but_not: str | None = None, at_once: int = 1) -> str | None:
+    """Why a folder is not what was written, or None; a folder in it with the name `but_not` is not looked at."""
     try:
-        return difference(folder, read(folder / NAME)["files"])
+        declared = read(folder / NAME)["files"]
     except ValueError as error:
         return str(error)
+    looked_at = {name: file for name, file in declared.items() if name.split("/")[0] != but_not}
+    return difference(folder, looked_at, at_once=at_once)
 
 
 def _declares_files(declared: Any) -> bool:

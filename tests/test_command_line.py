@@ -334,7 +334,7 @@ def test_any_command_line_gives_a_valid_configuration_or_a_user_error(arguments:
         assert Config.model_validate(config.model_dump()) == config
 
 
-MAKE_ROOM = "make room or set permissions, then run the same command again"
+AGAIN = ", then run the same command again"
 
 
 @pytest.mark.parametrize(
@@ -345,8 +345,13 @@ MAKE_ROOM = "make room or set permissions, then run the same command again"
         (TrainingDiverged("nan"), 3, "error: nan\n"),
         (Preempted("saved"), 75, "stopped: saved\n"),
         (KeyboardInterrupt(), 75, "stopped: interrupted\n"),
-        (OSError(errno.ENOSPC, "No space left", "a/b"), 2, f"error: a/b: No space left; {MAKE_ROOM}\n"),
-        (PermissionError(errno.EACCES, "Permission denied"), 2, f"error: Permission denied; {MAKE_ROOM}\n"),
+        (OSError(errno.ENOSPC, "No space left", "a/b"), 2, f"error: a/b: No space left; make room{AGAIN}\n"),
+        (PermissionError(errno.EACCES, "Permission denied"), 2, f"error: Permission denied; set permissions{AGAIN}\n"),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "a"),
+            2,
+            f"error: a: Is a directory; move away what is in the way{AGAIN}\n",
+        ),
     ],
 )
 def test_what_happened_decides_the_exit_code(

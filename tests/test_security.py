@@ -36,6 +36,7 @@ from ssl_jax import (
     huggingface,
     manifest,
     review_page,
+    step_manifest,
     storage,
     tensor_files,
     train,
@@ -282,7 +283,7 @@ def checkpoint(folder: Path) -> tuple[checkpoints.Checkpoints, Path]:
 
 def forge(step: Path, /, **changes: Any) -> None:
     """Changes a manifest as somebody does who knows that it has a digest of itself."""
-    body = {**checkpoints._read_manifest(step), **changes}
+    body = {**step_manifest.read(step), **changes}
     (step / "manifest.json").write_bytes(manifest.encode(body))
 
 
@@ -294,7 +295,7 @@ def test_a_manifest_does_not_make_us_read_what_is_no_part_of_its_step(
     content = b"a secret"
     (tmp_path / "checkpoints" / "secret").write_bytes(content)
     (tmp_path / "secret").write_bytes(content)
-    known = checkpoints._read_manifest(step)["files"]
+    known = step_manifest.read(step)["files"]
     forge(step, files={**known, name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
     monkeypatch.setattr(files, "digest", lambda path: pytest.fail(f"read {path}"))
     assert saved.newest() is None
@@ -306,7 +307,7 @@ def test_a_link_in_a_step_leads_nowhere(tmp_path: Path, target: str) -> None:
     (tmp_path / "secret").write_bytes(b"")
     os.mkfifo(step / "pipe")
     (step / "params" / "link").symlink_to(step / "pipe" if target == "pipe" else target)
-    known = checkpoints._read_manifest(step)["files"]
+    known = step_manifest.read(step)["files"]
     forge(step, files={**known, "params/link": {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}})
     assert saved.newest() is None
 
