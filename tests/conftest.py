@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 # A GPU or TPU test run names its platform; before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = os.environ.get("SSL_JAX_TEST_PLATFORM", "cpu")
@@ -17,6 +18,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -24,3 +26,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # always the same ones, so that a failure is of the change; whoever develops gets others every time.
 hypothesis.settings.register_profile("ssl_jax", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("ssl_jax")
+
+
+@pytest.fixture(scope="module")
+def compiled_fast() -> Iterator[None]:
+    """Processes that a test starts compile in half the time, to slower programs: where their results are compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+        yield

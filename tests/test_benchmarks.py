@@ -23,6 +23,8 @@ import train_throughput  # noqa: E402
 from alternate import Player, spread, take_turns  # noqa: E402
 from workload import workload  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 # A contestant that needs no time: it says which turn it is, and it fails when it is asked to.
 ECHO = """
 from alternate import Turns
@@ -36,12 +38,6 @@ while (amount := turns.wait()) is not None:
     number += 1
     turns.answer({"number": number, "seconds": amount})
 """
-
-
-@pytest.fixture(autouse=True)
-def compiles_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is not what the tests are about."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 
 def echo(name: str) -> Player:

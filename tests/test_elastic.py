@@ -14,7 +14,7 @@ import processes
 import pytest
 import tiny
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow, pytest.mark.usefixtures("compiled_fast")]
 
 LABELED_ROWS = 8
 

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from processes import Ended, Group
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow, pytest.mark.usefixtures("compiled_fast")]
 
 # The training command, in which what the environment's FAULT names goes wrong.
 PROGRAM = """

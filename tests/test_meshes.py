@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_fast")]
 
 STEPS = 20
 LABELED_ROWS = 8

@@ -15,7 +15,7 @@ import tiny
 from ssl_jax import distributed, loading
 from ssl_jax.errors import UserError
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow, pytest.mark.usefixtures("compiled_fast")]
 
 
 def settings(folder: Path) -> dict[str, Any]:

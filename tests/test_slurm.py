@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow, pytest.mark.usefixtures("compiled_fast")]
 
 # Starts its command as two tasks of one step, as srun does, and ends with the highest of their exit codes.
 SRUN = """#!/usr/bin/env python

@@ -323,16 +323,3 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path: Path) -> No
     tiny.write_jsonl(tmp_path / "labeled.jsonl", rows)
     with pytest.raises(UserError, match="have changed since the run began"):
         train.main(["--config", str(config), "--workdir", str(workdir), *NO_DRAWING])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 2}])
-def test_a_mesh_of_devices_trains_as_one_device_does(tmp_path: Path, mesh: dict[str, int]) -> None:
-    """The same rows, dropout and rounds, with rows and parameters spread over four devices."""
-    sizes = [word for axis, size in mesh.items() for word in (f"--mesh.{axis}", str(size))]
-    arguments = ["--config", str(tiny.config_file()), "--workdir", str(tmp_path / "run"), *sizes]
-    ended = tiny.run_command("train", *arguments, "--train.per-device-train-batch-size", "1", devices=4)
-    assert ended.returncode == 0, ended.stderr
-    for ours, theirs in zip(tiny.metrics(tmp_path / "run"), tiny.metrics(tiny.finished()), strict=True):
-        if "loss" in ours:
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)

@@ -22,7 +22,7 @@ from fault_trials import KINDS, Workload  # noqa: E402
 # Trials that start the command again and those that need not, which take no time.
 STARTED = [kind for kind in KINDS if ":" not in kind]
 QUICK = [kind for kind in KINDS if ":" in kind]
-OFTEN = {"SIGKILL": 3, "SIGTERM": 2, "full disk": 2}
+OFTEN = {"full disk": 2}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from ssl_jax import evaluate, export, generate, review, train
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = 200
+EXAMPLES = 120
 
 NOTHING = ("--generated-replies", "0", "--recall-examples", "0", "--coherence-examples", "0")
 

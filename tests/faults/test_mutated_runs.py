@@ -21,7 +21,7 @@ from ssl_jax.config import Config
 
 pytestmark = pytest.mark.slow
 
-DRY_RUNS, PREPARATIONS = 150, 100
+DRY_RUNS, PREPARATIONS = 80, 100
 # What of the data a mutated field would be, were it a file.
 PLACES = ("nowhere", "empty", "binary", "folder", "labeled.jsonl", "labeled.jsonl/x", "*", "[", ".", "run")
 
