@@ -136,11 +136,15 @@ class Server:
 def _load(names: Collection[str], copy: Path, module: str) -> None:
     """Imports what tests need, but for what they test and what depends on it."""
     stale = _dependents(copy, module.removesuffix(".py").replace("/", "."))
+    # What tests share may import anything, and they import it anew.
+    ours = {path.stem for folder in ("tests", "tests/faults", "benchmarks") for path in (copy / folder).glob("*.py")}
     for name in sorted(names):
         top = name.split(".")[0]
-        if name not in stale and top != "tests" and not top.startswith(("test_", "conftest", "__")):
+        if name not in stale and top not in ours and top != "tests" and not top.startswith("__"):
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+    if loaded := stale.intersection(sys.modules):
+        raise RuntimeError(f"loaded before the mutants: {', '.join(sorted(loaded))}")
 
 
 def _dependents(copy: Path, module: str) -> set[str]:

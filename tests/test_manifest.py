@@ -47,6 +47,11 @@ def test_other_content_is_no_manifest(content: bytes) -> None:
     assert manifest.decode(content) is None
 
 
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"7", b'"sha256"', b'{"sha256": null}', b"[" * 100_000])
+def test_other_json_is_no_manifest(content: bytes) -> None:
+    assert manifest.decode(content) is None
+
+
 def test_files_are_declared_but_for_the_one_that_does_not_count(folder: Path) -> None:
     said = manifest.read(folder / manifest.NAME)
     assert said["number"] == 7
