@@ -133,6 +133,15 @@ def test_what_tests_miss_is_told_and_tested_again_when_asked(project, capsys):
     assert f"ssl_jax/prices.py {len(missed)}/{len(missed)} " in capsys.readouterr().out
 
 
+def test_what_tests_share_sees_the_mutant_too(project):
+    first = run(project)
+    (project / "result.json").unlink()
+    (project / "tests" / "conftest.py").write_text("")  # which is found before the tests, and its folder with it
+    (project / "tests" / "shop.py").write_text("from ssl_jax.prices import total\n")
+    (project / "tests" / "test_prices.py").write_text(TESTS.replace("ssl_jax.prices", "shop"))
+    assert run(project)["outcomes"] == first["outcomes"]
+
+
 def test_a_reason_is_told_from_no_reason(project):
     survivor, *others = run(project)["survivors"]
     reason = {"module": "ssl_jax/prices.py", "reason": "an example", **{k: survivor[k] for k in ("before", "after")}}
