@@ -48,7 +48,7 @@ def write(folder: Any, body: Mapping[str, Any], *, without: str | None = None) -
     Raises:
       OSError: a file cannot be read, or the manifest not written.
     """
-    names = [name for name in storage.names_below(folder) if name.split("/")[-1] != NAME and name != without]
+    names = [name for name in storage.names_below(folder) if name not in (NAME, without)]
     for name in names:
         files.sync(folder / name)
     with files.replacing(folder / NAME) as stream:
