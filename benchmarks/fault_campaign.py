@@ -75,7 +75,7 @@ def run(work: fault_trials.Workload, kind: str, number: int, seed: int) -> fault
     place = work.folder / re.sub(r"\W+", "_", f"{kind} {number}")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    trial = fault_trials.KINDS[kind].run(work, place, fault_trials.random_of(kind, number, seed))
+    trial = fault_trials.KINDS[kind].run(work, place, fault_trials.random_of(kind, number, seed), number)
     shutil.rmtree(place, ignore_errors=True)
     return {"seed": seed, **trial}
 

@@ -395,14 +395,15 @@ _FILLS_AT = {
     "metrics": "train:",
     "save": "step 4/",
     "round": "pseudo-label",
-    "final evaluation": "evaluate: labeled_test",
+    "final evaluation": "evaluate: likelihood",
 }
-_DISK_BYTES = 2**28
+# Some times what a run takes, and little enough that it is filled before the run has gone on.
+_DISK_BYTES = 2**25
+_LOCKED_AT = ("at the start", "between two starts", "amid the run")
 
 
-def full_disk(work: Workload, place: Path, random: np.random.Generator) -> Trial:
+def full_disk(work: Workload, place: Path, random: np.random.Generator, moment: str) -> Trial:
     """Fills the disk that work directory and prepared data are on, and makes room again when the run has ended."""
-    moment = sorted(_FILLS_AT)[int(random.integers(len(_FILLS_AT)))]
     text = _FILLS_AT[moment]
     with faults.small_disk(place, _DISK_BYTES):
         # Preparing fails somewhere, later phases wherever they write next.
@@ -418,9 +419,8 @@ def full_disk(work: Workload, place: Path, random: np.random.Generator) -> Trial
         return trial | go_on(work, place)
 
 
-def read_only(work: Workload, place: Path, random: np.random.Generator) -> Trial:
+def read_only(work: Workload, place: Path, random: np.random.Generator, moment: str) -> Trial:
     """Takes the right to write from the run's folders and files, and gives it back when the run has ended."""
-    moment = ("at the start", "between two starts", "amid the run")[int(random.integers(3))]
     if moment == "between two starts":
         shutil.copytree(work.half, place, dirs_exist_ok=True)
     if moment != "amid the run":
@@ -498,11 +498,18 @@ class Kind:
 
     Attributes:
       trials: how many the README shows.
-      run: one trial of it, in an empty folder.
+      function: one trial of it, in an empty folder.
+      moments: that trials take in turn, as the last argument; none where chance decides.
     """
 
     trials: int
-    run: Callable[[Workload, Path, np.random.Generator], Trial]
+    function: Callable[..., Trial]
+    moments: tuple[str, ...] = ()
+
+    def run(self, work: Workload, place: Path, random: np.random.Generator, number: int) -> Trial:
+        """The trial of this number."""
+        moment = (self.moments[number % len(self.moments)],) if self.moments else ()
+        return self.function(work, place, random, *moment)
 
 
 _FLIPS, _OTHERS = 200, 50
@@ -525,8 +532,8 @@ KINDS = {
             ("other files of the work directory", "run", 20),
         )
     },
-    "full disk": Kind(15, full_disk),
-    "read-only folders": Kind(9, read_only),
+    "full disk": Kind(15, full_disk, tuple(_FILLS_AT)),
+    "read-only folders": Kind(9, read_only, _LOCKED_AT),
     "clock that jumps": Kind(6, jumping_clock),
 }
 """By name."""

@@ -27,7 +27,8 @@ _BLOCK_BYTES = 2**25
 def replacing(path: Any) -> Iterator[BinaryIO]:
     """A stream whose content replaces that of a file when the context ends without an exception.
 
-    An OSError that has no name of a file, as that of a full disk, gets this one's.
+    An OSError that has no name of a file, as that of a full disk, gets this one's; one that has no number either, as
+    NumPy's of a write that was cut short, becomes EIO.
     """
     if not isinstance(path, Path):
         content = io.BytesIO()
@@ -42,6 +43,8 @@ def replacing(path: Any) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is None:
+            raise OSError(errno.EIO, str(error), str(path)) from error
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise

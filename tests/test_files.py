@@ -57,6 +57,13 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "file")
 
 
+def test_a_write_that_numpy_says_was_cut_short_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, files.replacing(tmp_path / "file"):
+        raise OSError("12 requested and 0 written")
+    assert (caught.value.errno, caught.value.strerror) == (errno.EIO, "12 requested and 0 written")
+    assert caught.value.filename == str(tmp_path / "file") and not list(tmp_path.iterdir())
+
+
 def test_an_object_of_a_bucket_is_written_once_and_only_without_an_exception() -> None:
     path = Object()
     with files.replacing(path) as stream:
