@@ -87,3 +87,26 @@ def test_without_a_manifest_nothing_is_trusted(folder: Path) -> None:
     assert manifest.problem(folder) == "manifest.json is damaged"
     (folder / manifest.NAME).unlink()
     assert (manifest.problem(folder) or "").startswith("no manifest.json")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        None,
+        ["below/data"],
+        {"below/data": 10},
+        {"below/data": {}},
+        {"below/data": {"bytes": 10}},
+        {"below/data": {"bytes": 10, "sha256": "0", "mode": 7}},
+    ],
+)
+def test_a_manifest_of_other_parts_is_damaged(folder: Path, files: object) -> None:
+    """Whoever writes one can give it its digest."""
+    (folder / manifest.NAME).write_bytes(manifest.encode({"number": 7, "files": files}))
+    assert manifest.problem(folder) == "manifest.json is damaged"
+
+
+def test_a_file_elsewhere_is_named_and_not_read(folder: Path) -> None:
+    files = {"../secret": {"bytes": 1, "sha256": "0"}}
+    (folder / manifest.NAME).write_bytes(manifest.encode({"files": files}))
+    assert manifest.problem(folder) == "manifest.json names '../secret', which leads out of its folder"
