@@ -43,7 +43,7 @@ def replacing(path: Any) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is None:
+        if type(error) is OSError and error.errno is None:
             raise OSError(errno.EIO, str(error), str(path)) from error
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
