@@ -296,7 +296,7 @@ class Checkpoints:
             manifest.write(self._path(step), body)
             found = storage.identities_below(self._path(step))
             # What else has changed since it was read is for `_delete_superfluous` to verify.
-            if all(found.get(name) == identity for name, identity in written.items() if name != MANIFEST):
+            if all(found.get(name) == identity for name, identity in written.items()):
                 self._known_good[step] = _Verdict(found)
             self._delete_superfluous()
 

@@ -368,6 +368,30 @@ def test_reading_writes_and_deletes_nothing(directory: Path) -> None:
     assert (directory / "30.orbax-checkpoint-tmp").is_dir()
 
 
+def test_a_file_that_changes_while_the_manifest_is_written_costs_no_older_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is kept for its files, not for having been the last to be written."""
+    save_steps(tmp_path, 20)
+    write = manifest.write
+
+    def write_and_damage(folder: Path, body: dict[str, Any]) -> None:
+        write(folder, body)
+        corrupt_by("truncate a file", folder)
+
+    monkeypatch.setattr(manifest, "write", write_and_damage)
+    save_steps(tmp_path, 30, limit=1)
+    assert Checkpoints(tmp_path).newest() == 20
+
+
+@pytest.mark.parametrize("other", [10, 30])
+def test_a_step_under_the_name_of_another_is_not_used(directory: Path, other: int, caplog: Any) -> None:
+    shutil.rmtree(directory / "10")
+    (directory / "20").rename(directory / str(other))
+    assert Checkpoints(directory).newest() is None
+    assert "manifest.json is that of step 20" in caplog.text
+
+
 def test_a_damaged_item_does_not_hinder_the_others(directory: Path) -> None:
     """Talking to a model needs its weights; that the optimizer's state is lost is no reason to refuse."""
     shutil.rmtree(directory / "20" / "opt")
