@@ -13,11 +13,11 @@ import generate_throughput  # noqa: E402
 import performance_table  # noqa: E402
 
 
+@pytest.mark.usefixtures("compiled_fast")
 @pytest.mark.parametrize(("weights", "suffix"), [("auto", ""), ("int8", ", int8")])
 def test_a_result_stands_beside_others_and_its_rates_are_those_of_its_times(
     tmp_path, capsys, monkeypatch, weights, suffix
 ):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     monkeypatch.setattr(generate_throughput, "has_peer", lambda: False)
     monkeypatch.setattr(generate_throughput, "_BANDWIDTH_BYTES", 2**20)
     output = tmp_path / "generate_throughput.json"

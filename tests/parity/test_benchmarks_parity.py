@@ -16,11 +16,7 @@ import generate_throughput  # noqa: E402
 import memory  # noqa: E402
 import start_up  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def compiles_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is not what the tests are about."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 
 
 def run(script: Any, folder: Path, *arguments: str) -> dict[str, Any]:
